@@ -1,0 +1,86 @@
+"""Build a C++ source once, on the machine that runs it, and load it with ctypes.
+
+`-march=native` makes the result fit one kind of processor only, so the cache key holds the processor's
+features beside the source, the flags and the compiler: a home folder shared by different nodes is safe.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+# Not -ffast-math: it would treat NaN as impossible (a diverged run must show NaN, not hide it) and, when
+# linking a shared object, old GCCs switch the whole process to flush-to-zero.
+FLAGS = (
+    "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-ffp-contract=fast -Wno-psabi -shared -fPIC"
+).split()
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries are kept: `$LONGHORN_CACHE`, else `~/.cache/longhorn`."""
+    root = os.environ.get("LONGHORN_CACHE") or Path.home() / ".cache" / "longhorn"
+    return Path(root) / "cpp"
+
+
+@cache
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """Compile `source` (C++17, GCC or Clang vector extensions) unless cached, and load it.
+
+    Returns None, after one warning that says why and what it costs, where no compiler is found or
+    compilation fails: every op that calls this has a path in plain torch.
+    """
+    compiler = _find_compiler()
+    if compiler is None:
+        return _without(source, "no C++ compiler (g++ or clang++, or $CXX) was found")
+    library = cache_dir() / f"{source.stem}-{_cache_key(source, compiler)}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return _without(source, getattr(error, "stderr", None) or str(error))
+
+
+def _without(source: Path, reason: str) -> None:
+    warnings.warn(
+        f"{source.name} could not be built, the plain torch path runs instead (a Longhorn scan is about "
+        f"6 times slower on it): {reason.strip()}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _find_compiler() -> str | None:
+    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def _cache_key(source: Path, compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    parts = [source.read_text(), " ".join(FLAGS), version.stdout, _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() + platform.machine()
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """Build under a temporary name: of several processes that start at once, each sees a whole file or none."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [compiler, *FLAGS, "-o", str(built), str(source)]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(built, library)

@@ -1,0 +1,57 @@
+"""The CPU backend: a custom backward with checkpointed states, in C++ where a compiler is found, else in torch.
+
+autograd's own record of the loop over time would keep every state (B·L·D·N numbers). Both engines keep one
+state in CHUNK steps and rebuild the others in the backward (formulas: DESIGN §2).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.longhorn_scan import cpu_cpp, cpu_torch
+from kernels.longhorn_scan.problem import Inputs, Sequences
+
+
+def cpu_scan(
+    u: Tensor,
+    dt: Tensor,
+    q: Tensor,
+    k: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    update: str,
+) -> tuple[Tensor, Tensor]:
+    """`longhorn_scan`'s contract after its checks; always returns (out, final state)."""
+    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    stream_dtype = u.dtype if u.dtype in cpu_cpp.DTYPES else torch.float32
+    streams = (None if t is None else t.to(stream_dtype) for t in (u, dt, q, k, z))
+    u_, dt, q, k, z = streams
+    D, dt_bias = (u.new_zeros(u.shape[2], dtype=state_dtype) if p is None else p for p in (D, dt_bias))
+    D, dt_bias = D.to(state_dtype), dt_bias.to(state_dtype)
+    initial_state = None if initial_state is None else initial_state.to(state_dtype)
+    out, state = _Scan.apply(
+        Sequences.of(u, cu_seqlens), update == "exact", u_, dt, q, k, D, dt_bias, z, initial_state
+    )
+    return out.to(u.dtype), state
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sequences: Sequences, exact: bool, *inputs: Tensor | None):  # type: ignore[no-untyped-def]
+        ctx.engine = cpu_cpp if cpu_cpp.available() else cpu_torch
+        keep = any(ctx.needs_input_grad)
+        out, state, checkpoints = ctx.engine.forward(Inputs(*inputs), sequences, exact, keep)
+        ctx.save_for_backward(checkpoints, *inputs)
+        ctx.sequences, ctx.exact = sequences, exact
+        ctx.set_materialize_grads(False)
+        return out, state
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
+        checkpoints, *inputs = ctx.saved_tensors
+        x = Inputs(*inputs)
+        dout = torch.zeros_like(x.u) if dout is None else dout
+        gradients = ctx.engine.backward(x, ctx.sequences, ctx.exact, checkpoints, dout, dstate)
+        return None, None, *gradients
