@@ -1,0 +1,1 @@
+"""Training, evaluation, generation and conversion of the models in longhorn_layers."""

@@ -1,0 +1,242 @@
+"""The run's config: dataclass defaults < one YAML file < `a.b=c` on the command line.
+
+Unknown keys and wrong types are errors that name the key and, for a key, the nearest right one. The resolved
+config is saved with the run and in each checkpoint.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from longhorn_layers.config import ModelConfig
+from longhorn_layers.registry import MIXERS
+
+PRECISIONS = ("autocast", "bf16", "fp32")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the key and what would be right."""
+
+
+@dataclass
+class DataConfig:
+    """Shards by prefix (`PREFIX.bin/.idx/.manifest.json`, made by data_tools.tokenize)."""
+
+    train: str = ""
+    valid: str = ""
+    seqlen: int = 2048
+    reset_at_eos: bool = False  # True: the state starts anew after each EOS; the paper's runs don't
+    cache_dir: str | None = None  # of GPTDataset's sample order; None: <run_dir>/data_cache
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its cosine schedule, measured in tokens."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_fraction: float = 0.01  # of total_tokens, linear
+    weight_decay: float = 0.01  # on matrices only: no decay on biases, norms, D
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # of the global gradient norm
+
+
+@dataclass
+class ParallelConfig:
+    """Tensor parallel × ZeRO data parallel; data parallel is what the world size leaves."""
+
+    tensor: int = 1
+    zero_stage: int = 1
+
+
+@dataclass
+class TrainConfig:
+    """How long, in which batches, in which precision."""
+
+    total_tokens: int = 100_000_000_000
+    global_batch_size: int = 1024  # sequences per optimizer step
+    micro_batch_size: int = 8  # sequences per forward
+    precision: str = "autocast"  # fp32 parameters, bf16 matmuls; "bf16": bf16 matrices, fp32 masters; "fp32"
+    activation_checkpointing: bool = False
+    seed: int = 1234
+    threads: int | None = None  # CPU threads per process; None: torch's choice
+
+
+@dataclass
+class CheckpointConfig:
+    """Every `interval` steps, at a stop, and at the end."""
+
+    interval: int = 500
+    keep_last: int = 3
+
+
+@dataclass
+class EvalConfig:
+    """Validation loss during training, at the training context."""
+
+    interval: int = 500  # steps; 0: never
+    tokens: int = 10_000_000
+
+
+@dataclass
+class LogConfig:
+    interval: int = 10  # steps between progress lines; metrics.jsonl has every step
+    wandb: str = "offline"  # or "online", "disabled"
+    peak_tflops: float | None = None  # per device, for MFU; None: known GPUs by name, else n/a
+
+
+@dataclass
+class Config:
+    """Everything a run is. `run_dir` holds all that it writes."""
+
+    run_dir: str = "runs/default"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.seqlen
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps to at least total_tokens."""
+        return -(-self.train.total_tokens // self.tokens_per_step)
+
+    def grad_accum_steps(self, data_parallel: int) -> int:
+        """Forward/backward passes per optimizer step on each of `data_parallel` ranks.
+
+        Raises ConfigError where the global batch does not divide, with the nearest ones that do.
+        """
+        unit, batch = self.train.micro_batch_size * data_parallel, self.train.global_batch_size
+        if batch % unit == 0:
+            return batch // unit
+        below = batch // unit * unit
+        nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+        raise ConfigError(
+            f"train.global_batch_size={batch} is no multiple of train.micro_batch_size × data-parallel ranks "
+            f"= {self.train.micro_batch_size} × {data_parallel} = {unit}; nearest that are: {nearest}"
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides, check everything.
+
+    Raises ConfigError (naming file and key) and FileNotFoundError (with the presets that exist).
+    """
+    path = Path(path)
+    if not path.is_file():
+        presets = ", ".join(sorted(str(p) for p in Path("launch/configs").glob("*.yaml")))
+        raise FileNotFoundError(f"{path}: no such config file; presets here: {presets or 'none'}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: an override is written key=value, like train.seed=1")
+    try:
+        from_file = OmegaConf.load(path)
+        from_line = OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # YAML's errors share no base class with OmegaConf's
+        raise ConfigError(f"{path}: not a config: {error}") from error
+    merged = _structured(from_file, from_line)
+    for source, layer in ((str(path), from_file), ("command line", from_line)):
+        merged = _merge(merged, layer, source)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `config_to_dict`, with the same checks as a file's."""
+    layer = OmegaConf.create(values)
+    config = OmegaConf.to_object(_merge(_structured(layer), layer, "saved config"))
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dicts, for JSON and YAML."""
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def _structured(*layers: Any) -> Any:
+    """Defaults, with the mixer config class of the mixer that the layers name."""
+    config, name = Config(), ModelConfig().mixer.name
+    for layer in layers:
+        name = OmegaConf.select(layer, "model.mixer.name", default=name)
+    if name not in MIXERS:
+        raise ConfigError(f"model.mixer.name: {name!r} is not one of {sorted(MIXERS)}")
+    config.model.mixer = MIXERS[name].config()
+    return OmegaConf.structured(config)
+
+
+def _merge(base: Any, layer: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, layer)
+    except ConfigKeyError as error:
+        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_suggestion(base, error.full_key)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key}: {error.msg or error}".splitlines()[0]) from None
+
+
+def _suggestion(base: Any, key: str) -> str:
+    known = _leaves(OmegaConf.to_object(base))
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    close = close or [by_leaf[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for f in fields(node):
+        value = getattr(node, f.name)
+        names += _leaves(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+    return names
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for values that no run can have; what depends on the machine is checked by the trainer."""
+    for key in (
+        "data.seqlen",
+        "train.total_tokens",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "parallel.tensor",
+        "checkpoint.interval",
+        "checkpoint.keep_last",
+        "log.interval",
+        "model.vocab_size",
+        "model.d_model",
+        "model.n_layer",
+    ):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {getattr(getattr(config, section), name)}")
+    _one_of("train.precision", config.train.precision, PRECISIONS)
+    _one_of("log.wandb", config.log.wandb, WANDB_MODES)
+    _one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))
+    if not 0 <= config.optim.warmup_fraction < 1:
+        raise ConfigError(f"optim.warmup_fraction must be in [0, 1), got {config.optim.warmup_fraction}")
+    if config.optim.min_lr > config.optim.lr:
+        raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+
+
+def _one_of(key: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, choices))}; got {value}")

@@ -1,0 +1,80 @@
+"""Floating-point operations of training, counted from the model's shapes: what MFU is measured against.
+
+Per token, forward and backward, with N_matmul the weights that a token is multiplied with:
+
+    flops = 6·N_matmul + n_layer · d_inner · d_state · (7 forward + 15 backward; 12 with the exact update)
+
+* N_matmul: in_proj, x_proj, dt_head and out_proj of each layer, and the head, tied or not. Looking up an
+  embedding is no matmul. A multiply-add is two operations; the backward has two matmuls for the forward's one.
+* The scan, per channel d and state n, by DESIGN §2's formulas; operations per channel alone (eps, D·u, the gate)
+  are 1/d_state of these and left out, as are norms, the short convolution, SiLU and the softmax.
+  Forward, both updates: k·S and its difference to u (2; exact: its sum over n), eps·k (1), S += (2), Σ S·q (2).
+  Backward, diagonal: g = G + dy·q (2), g·k (1), deps (2), du (1), dk's g·r − gk·S₋ times eps, summed over d (5),
+  G = g − eps·k·gk (2), dq (2). Exact: gk is a sum over n (2 with its product) and r, gk are per channel, so that
+  deps and du cost nothing per state, dk 4; g 2, G 2, dq 2.
+
+What a kernel or activation checkpointing computes twice is work done, not work that the model needs:
+`recomputed_flops_per_token` has it, apart.
+"""
+
+from longhorn_layers.config import LonghornConfig, ModelConfig
+
+SCAN_FORWARD = 7
+SCAN_BACKWARD = {"diagonal": 15, "exact": 12}
+# The backward walks each stretch between kept states again (5: no output), then once more needs each step's
+# residual, gain and new state (5), and Σ S·q for the gate's gradient (2).
+SCAN_REBUILD = 12
+
+
+def matmul_parameters_per_layer(model: ModelConfig) -> int:
+    """Weights of one layer's linears.
+
+    Raises ValueError for a mixer whose operations are not counted here.
+    """
+    mixer = _longhorn(model)
+    d_inner, dt_rank = mixer.expand * model.d_model, mixer.resolved_dt_rank(model.d_model)
+    projections = 3 * model.d_model + (dt_rank + 2 * mixer.d_state) + dt_rank  # in and out, x_proj, dt_head
+    return d_inner * projections
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Weights of the head's matmul, without the vocabulary's padding."""
+    return model.vocab_size * model.d_model
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """FLOPs to train on one token, forward and backward, nothing recomputed (the module's formula).
+
+    Raises ValueError for a mixer whose operations are not counted here.
+    """
+    return matmul_flops_per_token(model) + scan_flops_per_token(model)
+
+
+def matmul_flops_per_token(model: ModelConfig) -> float:
+    """6·N_matmul, head included."""
+    return 6.0 * (model.n_layer * matmul_parameters_per_layer(model) + head_parameters(model))
+
+
+def scan_flops_per_token(model: ModelConfig) -> float:
+    """The recurrence of all layers, forward and backward."""
+    return float(_scan_elements(model) * (SCAN_FORWARD + SCAN_BACKWARD[_longhorn(model).update]))
+
+
+def recomputed_flops_per_token(model: ModelConfig, activation_checkpointing: bool) -> float:
+    """FLOPs done a second time: the scan's states in its backward, and with checkpointing each block's forward."""
+    states = float(_scan_elements(model) * SCAN_REBUILD)
+    if not activation_checkpointing:
+        return states
+    linears = 2.0 * model.n_layer * matmul_parameters_per_layer(model)
+    return states + linears + _scan_elements(model) * SCAN_FORWARD
+
+
+def _scan_elements(model: ModelConfig) -> int:
+    mixer = _longhorn(model)
+    return model.n_layer * mixer.expand * model.d_model * mixer.d_state
+
+
+def _longhorn(model: ModelConfig) -> LonghornConfig:
+    if not isinstance(model.mixer, LonghornConfig):
+        raise ValueError(f"model.mixer.name: the FLOPs of {model.mixer.name!r} are not counted; longhorn's are")
+    return model.mixer

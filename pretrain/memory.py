@@ -1,0 +1,132 @@
+"""An estimate of the bytes that training takes on each GPU, by part, from what the code saves and allocates.
+
+Bytes per parameter and ZeRO's partitions follow pretrain/parallel/zero.py and DeepSpeed 0.19's stages; activations
+follow what autograd saves in longhorn_layers. The parts are added although they don't all peak together, so the sum is
+an upper estimate; the allocator's fragmentation is not in it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.cross_entropy.chunked import CHUNK_LOGITS_ELSEWHERE, MIN_CHUNK
+from longhorn_layers.config import LonghornConfig, ModelConfig
+from longhorn_layers.model import LanguageModel
+from pretrain.config import Config
+from pretrain.flops import matmul_parameters_per_layer
+
+GIB = 2**30
+RUNTIME_BYTES = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers: assumed, not measured
+SCAN_CHUNK = 64  # tokens between the states that the Triton scan keeps
+# DeepSpeed's defaults, in elements: its reduction buffer (allocated in full), and what ZeRO-3 keeps gathered.
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+FP32, BF16 = 4, 2
+MASTER_AND_MOMENTS = 3 * FP32
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of the plain model; norms are whole on every tensor-parallel rank, all else is divided."""
+
+    matrices: int
+    cut_vectors: int  # dt_bias, D, the convolution's bias
+    norms: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "ParameterCounts":
+        with torch.device("meta"):
+            parameters = dict(LanguageModel(model).named_parameters())
+        norms = sum(p.numel() for name, p in parameters.items() if name.endswith("norm.weight"))
+        matrices = sum(p.numel() for p in parameters.values() if p.dim() >= 2)
+        return cls(matrices, sum(p.numel() for p in parameters.values()) - matrices - norms, norms)
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.cut_vectors + self.norms
+
+    def per_rank(self, tensor: int) -> "ParameterCounts":
+        return ParameterCounts(self.matrices // tensor, self.cut_vectors // tensor, self.norms)
+
+    def stored_bytes(self, precision: str) -> int:
+        """fp32, except the matrices of precision "bf16"."""
+        matrix = BF16 if precision == "bf16" else FP32
+        return matrix * self.matrices + FP32 * (self.cut_vectors + self.norms)
+
+
+def estimate_memory(config: Config, counts: ParameterCounts, data_parallel: int) -> dict[str, int]:
+    """Bytes on each GPU by part, the largest rank's; `counts` are those of `config.model`.
+
+    Raises ValueError for a mixer whose activations are not counted here.
+    """
+    tensor, stage, precision = config.parallel.tensor, config.parallel.zero_stage, config.train.precision
+    own = counts.per_rank(tensor)
+    stored = own.stored_bytes(precision)  # gradients have their parameters' dtype
+    return {
+        "parameters": stored // (data_parallel if stage == 3 else 1),
+        "gradients": stored // (data_parallel if stage >= 2 else 1),
+        "optimizer state (fp32 master, two moments)": MASTER_AND_MOMENTS * own.total // data_parallel,
+        "bf16 copies of weights (autocast)": _autocast_copies(config),
+        "activations": activation_bytes(config),
+        "logits and loss": head_bytes(config),
+        "temporary buffers": _temporary_bytes(config, own),
+        "CUDA, NCCL (assumed)": RUNTIME_BYTES,
+    }
+
+
+def activation_bytes(config: Config) -> int:
+    """What the blocks keep for the backward; with checkpointing, their inputs and one recomputed block."""
+    model, tokens = config.model, config.train.micro_batch_size * config.data.seqlen
+    block = block_activation_bytes(model, config.train.precision, config.parallel.tensor)
+    final_norm = FP32 * (model.d_model + 1)
+    if config.train.activation_checkpointing:
+        return int(tokens * (model.n_layer * FP32 * model.d_model + block + final_norm))
+    return int(tokens * (model.n_layer * block + final_norm))
+
+
+def block_activation_bytes(model: ModelConfig, precision: str, tensor: int) -> float:
+    """Bytes per token that autograd saves in one block on one tensor-parallel rank.
+
+    Raises ValueError for a mixer whose activations are not counted here.
+    """
+    mixer = model.mixer
+    if not isinstance(mixer, LonghornConfig):
+        raise ValueError(f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are")
+    width = FP32 if precision == "fp32" else BF16
+    norm = FP32 * (model.d_model + 1) + width * model.d_model  # residual and 1/rms; in_proj's input
+    shared = width * (mixer.resolved_dt_rank(model.d_model) + 2 * mixer.d_state)  # dt_low, k, q: on every rank
+    channel = width * 5 + FP32 * mixer.d_state / SCAN_CHUNK  # x and z, u, dt, y; the scan's kept states
+    # The convolution's GPU path is plain torch: padded input, SiLU's fp32 input, an fp32 copy per tap of a bf16 one.
+    channel += width + FP32 + (0 if width == FP32 else FP32 * mixer.d_conv)
+    return norm + shared + channel * mixer.expand * model.d_model / tensor
+
+
+def head_bytes(config: Config) -> int:
+    """The logits that exist at once with their gradient, and the head's gradients."""
+    model, tensor = config.model, config.parallel.tensor
+    tokens = config.train.micro_batch_size * config.data.seqlen
+    width = FP32 if config.train.precision == "fp32" else BF16
+    if tensor > 1:  # all tokens' logits, a range of the vocabulary: fp32, turned in place into softmax; then dlogits
+        vocabulary = model.padded_vocab_size // tensor
+        return tokens * vocabulary * (FP32 + width) + tokens * model.d_model * (FP32 + width)
+    chunk = min(tokens, max(MIN_CHUNK, CHUNK_LOGITS_ELSEWHERE // model.vocab_size))
+    logits = chunk * model.vocab_size * 2 * FP32  # beside their log-softmax
+    weight = model.padded_vocab_size * model.d_model * (2 * FP32 + 2 * width)  # gradient, scaled; copy, a chunk's
+    return logits + weight + tokens * model.d_model * 2 * FP32
+
+
+def _autocast_copies(config: Config) -> int:
+    """autocast caches each linear's bf16 weight until the forward ends; its backward holds it too."""
+    if config.train.precision != "autocast":
+        return 0
+    return BF16 * config.model.n_layer * matmul_parameters_per_layer(config.model) // config.parallel.tensor
+
+
+def _temporary_bytes(config: Config, own: ParameterCounts) -> int:
+    """DeepSpeed's reduction buffers, one block's gradients, and the parameters that ZeRO-3 has gathered."""
+    precision, tokens = config.train.precision, config.train.micro_batch_size * config.data.seqlen
+    buckets = (2 if precision == "bf16" else 1) * FP32 * REDUCE_BUCKET  # one per parameter dtype, each fp32
+    # A gradient for each of a block's activations: they come and go in the backward, block by block.
+    block = int(tokens * block_activation_bytes(config.model, precision, config.parallel.tensor))
+    live = min(1.0, MAX_LIVE_PARAMETERS / own.total) if config.parallel.zero_stage == 3 else 0.0
+    return buckets + block + int(live * own.stored_bytes(precision))

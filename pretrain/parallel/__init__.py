@@ -1,0 +1,1 @@
+"""Parallelism applied from outside: ranks and groups, tensor-parallel plans, ZeRO."""

@@ -1,0 +1,179 @@
+"""Turn a plain model into its tensor-parallel shard, by a plan per mixer.
+
+The plain model is built in full on every rank from the same seed, then each rank keeps its part: weights do not
+depend on the tensor-parallel size. Every sharded parameter carries megatron-core's marks (`tensor_model_parallel`,
+`partition_dim`, `partition_stride`) and no replicated one does: DeepSpeed's gradient norm and our checkpoints read
+them. Unmarked shards train silently wrong (DESIGN §10), so `audit` compares marks with shapes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from longhorn_layers.config import ModelConfig
+from longhorn_layers.model import LanguageModel, LMHead
+from pretrain.parallel.mesh import Mesh
+
+
+def shard_tensor(full: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
+    """Rank's part of `full`: cut along `dim` into `stride` sections, each of them into `size` parts.
+
+    stride 2 is in_proj's: rank i gets [x_i | z_i], so that halving its output still separates x from z.
+    """
+    return torch.cat([section.chunk(size, dim)[rank] for section in full.chunk(stride, dim)], dim).contiguous()
+
+
+def unshard_tensors(shards: list[Tensor], dim: int, stride: int) -> Tensor:
+    """The inverse of `shard_tensor`, from every rank's part in order."""
+    sections = zip(*(shard.chunk(stride, dim) for shard in shards), strict=True)
+    return torch.cat([part for section in sections for part in section], dim)
+
+
+def shard_parameter(full: nn.Parameter, mesh: Mesh, dim: int, stride: int = 1) -> nn.Parameter:
+    """This rank's part as a parameter with megatron-core's marks."""
+    if full.shape[dim] % (mesh.tensor_size * stride):
+        raise ValueError(f"a dimension of {full.shape[dim]} is not divisible by {mesh.tensor_size} tensor ranks")
+    part = nn.Parameter(shard_tensor(full.detach(), dim, stride, mesh.tensor_rank, mesh.tensor_size))
+    set_tensor_model_parallel_attributes(part, True, dim, stride)
+    return part
+
+
+class ColumnParallelLinear(nn.Module):
+    """Replicated input, each rank some of the output's columns; the input's gradient is summed over ranks."""
+
+    def __init__(self, linear: nn.Linear, mesh: Mesh, stride: int = 1) -> None:
+        super().__init__()
+        self.weight = shard_parameter(linear.weight, mesh, dim=0, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(copy_to_tensor_model_parallel_region(x), self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """Each rank some of the input's columns; the output is summed over ranks, and so replicated."""
+
+    def __init__(self, linear: nn.Linear, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = shard_parameter(linear.weight, mesh, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from_tensor_model_parallel_region(F.linear(x, self.weight))
+
+
+class RowThenColumnLinear(RowParallelLinear):
+    """A row-parallel linear whose output every rank uses for its own channels, like x_proj's dt, k and q.
+
+    Each rank then sees only its channels' part of the output's gradient; without the copy, whose backward sums
+    them, x_proj's gradient is 58–70% wrong while the loss looks the same (DESIGN §10).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return copy_to_tensor_model_parallel_region(super().forward(x))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Each rank holds a range of the vocabulary; the others' rows come by the sum."""
+
+    def __init__(self, embedding: nn.Embedding, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = shard_parameter(embedding.weight, mesh, dim=0)
+        self.first = mesh.tensor_rank * (embedding.num_embeddings // mesh.tensor_size)
+        self.count = embedding.num_embeddings // mesh.tensor_size
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        local = input_ids - self.first
+        elsewhere = (local < 0) | (local >= self.count)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tensor_model_parallel_region(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+class VocabParallelHead(nn.Module):
+    """Each rank's logits are a range of the vocabulary; the softmax runs over all ranks."""
+
+    def __init__(self, head: LMHead, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = shard_parameter(head.weight, mesh, dim=0)
+        first = mesh.tensor_rank * self.weight.shape[0]
+        self.vocab_size = min(max(head.vocab_size - first, 0), self.weight.shape[0])  # the rest is padding
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        if targets is None:
+            raise NotImplementedError("logits under tensor parallelism; load the checkpoint on one device instead")
+        hidden = copy_to_tensor_model_parallel_region(hidden.to(self.weight.dtype))
+        logits = F.linear(hidden, self.weight).float()
+        logits[..., self.vocab_size :] = -torch.inf
+        counted = targets != -100
+        # megatron-core's op subtracts the maximum in place of its input, which nothing else reads.
+        losses = vocab_parallel_cross_entropy(logits, targets.masked_fill(~counted, 0)) * counted
+        return losses.sum() if reduction == "sum" else losses
+
+
+Plan = Callable[[nn.Module, Mesh], None]
+
+
+def shard_longhorn(mixer: nn.Module, mesh: Mesh) -> None:
+    """Everything over d_inner is cut, dt_low, k and q are replicated (DESIGN §7)."""
+    mixer.in_proj = ColumnParallelLinear(mixer.in_proj, mesh, stride=2)
+    mixer.conv.weight = shard_parameter(mixer.conv.weight, mesh, dim=0)
+    mixer.conv.bias = shard_parameter(mixer.conv.bias, mesh, dim=0)
+    mixer.x_proj = RowThenColumnLinear(mixer.x_proj, mesh)
+    # A plain matmul on the copied dt_low: a ColumnParallelLinear would sum its gradient a second time.
+    mixer.dt_head.weight = shard_parameter(mixer.dt_head.weight, mesh, dim=0)
+    mixer.dt_bias = shard_parameter(mixer.dt_bias, mesh, dim=0)
+    mixer.D = shard_parameter(mixer.D, mesh, dim=0)
+    mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
+
+
+PLANS: dict[str, Plan] = {"longhorn": shard_longhorn}
+
+
+def shard_model(model: LanguageModel, mesh: Mesh) -> LanguageModel:
+    """Replace `model`'s parameters and linears by this rank's, in place; a mesh without tensor ranks changes nothing.
+
+    Raises ValueError where the mixer has no plan or a dimension does not divide.
+    """
+    if mesh.tensor_size == 1:
+        return model
+    config = model.config
+    if config.mixer.name not in PLANS:
+        raise ValueError(f"mixer {config.mixer.name!r} has no tensor-parallel plan; these have: {sorted(PLANS)}")
+    model.embedding = VocabParallelEmbedding(model.embedding, mesh)
+    model.head = VocabParallelHead(model.head, mesh)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    for block in model.blocks:
+        PLANS[config.mixer.name](block.mixer, mesh)
+    audit(model, config, mesh)
+    return model
+
+
+def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the plain model, from the meta device."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in LanguageModel(config).named_parameters()}
+
+
+def audit(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+    """Raise RuntimeError unless marks and shapes agree: cut parameters are marked, replicated ones are not."""
+    expected, problems = full_shapes(config), []
+    found = dict(model.named_parameters())
+    if found.keys() != expected.keys():
+        problems.append(f"parameters differ from the plain model's: {sorted(found.keys() ^ expected.keys())}")
+    for name, parameter in found.items():
+        shape = list(expected.get(name, parameter.shape))
+        if getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] //= mesh.tensor_size
+            if list(parameter.shape) != shape:
+                problems.append(f"{name} is marked as sharded but has shape {list(parameter.shape)}, not {shape}")
+        elif list(parameter.shape) != shape:
+            problems.append(f"{name} is a shard ({list(parameter.shape)} of {shape}) without marks")
+    if problems:
+        raise RuntimeError("tensor-parallel audit failed:\n  " + "\n  ".join(problems))

@@ -1,0 +1,328 @@
+"""Command: what a run will take, before it takes it: memory, time, disk. Refuses what cannot run.
+
+    python -m pretrain.plan launch/configs/1p3b.yaml nodes=4 gpus_per_node=8 train.micro_batch_size=4
+
+Beside the config's keys there are the plan's own, which describe the machine: see `PlanOptions`.
+"""
+
+import argparse
+import difflib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from longhorn_layers.config import LonghornConfig
+from pretrain.config import Config, ConfigError, config_to_dict, load_config
+from pretrain.flops import (
+    flops_per_token,
+    matmul_flops_per_token,
+    recomputed_flops_per_token,
+    scan_flops_per_token,
+)
+from pretrain.memory import GIB, MASTER_AND_MOMENTS, ParameterCounts, estimate_memory
+
+UINT16_VOCABULARY = 65_500  # below it Megatron's .bin holds two bytes a token, else four
+
+
+@dataclass
+class PlanOptions:
+    """The machine, given as `key=value` like the config's keys; the defaults are H100s."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu_memory_gib: float = 80.0
+    peak_tflops: float = 989.0  # per GPU, dense bf16
+    mfu: float = 0.4  # share of the peak that the model's own FLOPs reach: assumed
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config that divides among its machine's GPUs, and its parameters."""
+
+    config: Config
+    options: PlanOptions
+    counts: ParameterCounts
+
+    @property
+    def data_parallel(self) -> int:
+        return self.options.gpus // self.config.parallel.tensor
+
+    @property
+    def tokens(self) -> int:
+        """Trained on: whole steps, so up to a step more than total_tokens."""
+        return self.config.total_steps * self.config.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        reached = self.options.gpus * self.options.peak_tflops * 1e12 * self.options.mfu
+        return reached / flops_per_token(self.config.model)
+
+    def memory(self) -> dict[str, int]:
+        return estimate_memory(self.config, self.counts, self.data_parallel)
+
+    def fits(self) -> bool:
+        return sum(self.memory().values()) <= self.options.gpu_memory_gib * GIB
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[PlanOptions, list[str]]:
+    """The plan's own keys out of `key=value` overrides, and the config's, left as they are.
+
+    Raises ConfigError for a plan key's bad value, and for a key that neither has, with the nearest of both.
+    """
+    names = {f.name for f in fields(PlanOptions)}
+    own = [o for o in overrides if _key(o) in names]
+    rest = [o for o in overrides if _key(o) not in names]
+    for key in map(_key, rest):
+        if key.split(".")[0] not in {f.name for f in fields(Config)}:
+            raise ConfigError(f"command line: unknown key {key!r}{_suggestion(key, names)}")
+    return _options(own), rest
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _suggestion(key: str, names: set[str]) -> str:
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in _leaves(config_to_dict(Config()))} | {n: n for n in names}
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1)
+    if close:
+        return f"; did you mean {by_leaf[close[0]]!r}?"
+    return f"; the plan's own keys: {', '.join(sorted(names))}"
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+
+def _options(overrides: list[str]) -> PlanOptions:
+    if unfinished := [o for o in overrides if "=" not in o]:
+        raise ConfigError(f"{unfinished[0]!r}: an override is written key=value, like nodes=4")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(PlanOptions), OmegaConf.from_dotlist(overrides))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"command line: {error.full_key}: {error.msg or error}".splitlines()[0]) from None
+    options = OmegaConf.to_object(merged)
+    assert isinstance(options, PlanOptions)
+    for name, value in vars(options).items():
+        # Not `value <= 0`: a NaN is to be refused too.
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be above 0, got {value}")
+    if options.mfu > 1:
+        raise ConfigError(f"mfu is a share of the peak, at most 1; got {options.mfu}")
+    return options
+
+
+def check_division(config: Config, options: PlanOptions) -> None:
+    """Raise ConfigError, naming every key that does not divide and the nearest values that do."""
+    problems, tensor = [], config.parallel.tensor
+    parts = {f"{options.nodes} nodes × {options.gpus_per_node} GPUs": options.gpus} | _tensor_dimensions(config)
+    valid = _tensor_sizes(config, options)
+    nearest = sorted(sorted(valid, key=lambda n: abs(n - tensor))[:2])
+    for what, size in parts.items():
+        if size % tensor:
+            problems.append(
+                f"parallel.tensor={tensor} does not divide {what} = {size}; "
+                f"nearest that divide everything: {' or '.join(map(str, nearest))}"
+            )
+    if not problems:
+        try:
+            config.grad_accum_steps(options.gpus // tensor)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _tensor_dimensions(config: Config) -> dict[str, int]:
+    """What tensor parallelism cuts (pretrain/parallel/tensor_parallel.py)."""
+    model, dimensions = config.model, {"the padded vocabulary": config.model.padded_vocab_size}
+    if isinstance(model.mixer, LonghornConfig):
+        dimensions["d_inner (model.mixer.expand × model.d_model)"] = model.mixer.expand * model.d_model
+    return dimensions
+
+
+def _tensor_sizes(config: Config, options: PlanOptions) -> list[int]:
+    common = math.gcd(options.gpus, *_tensor_dimensions(config).values())
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def remedies(plan: Plan) -> list[str]:
+    """The smallest sets of changes to the config with which the plan fits, as overrides with their memory."""
+    found: dict[tuple[str, ...], str] = {}
+    for change in sorted(_changes(plan), key=len):
+        if found and len(change) > len(min(found, key=len)):
+            break  # fewer changes are enough
+        changed = replace(plan, config=_changed(plan.config, change))
+        if tuple(change) not in found and _divides(changed) and changed.fits():
+            overrides = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+            found[tuple(change)] = f"{overrides} ({_gib(sum(changed.memory().values()))})"
+    return list(found.values())
+
+
+def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Sets of overrides that may save memory, each key's mildest value first."""
+    config = plan.config
+    micro_batches = reversed(range(1, config.train.micro_batch_size))
+    choices: dict[str, list[Any]] = {
+        "train.activation_checkpointing": [True] if not config.train.activation_checkpointing else [],
+        "train.micro_batch_size": [n for n in micro_batches if config.train.global_batch_size % n == 0],
+        "parallel.zero_stage": list(range(config.parallel.zero_stage + 1, 4)),
+        "parallel.tensor": [n for n in _tensor_sizes(config, plan.options) if n > config.parallel.tensor],
+    }
+    for values in itertools.product(*([None, *values] for values in choices.values())):
+        yield {key: value for key, value in zip(choices, values, strict=True) if value is not None}
+
+
+def _changed(config: Config, change: dict[str, Any]) -> Config:
+    for key, value in change.items():
+        section, name = key.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def _divides(plan: Plan) -> bool:
+    return plan.config.train.global_batch_size % (plan.config.train.micro_batch_size * plan.data_parallel) == 0
+
+
+def tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each table's title and rows, to print."""
+    return [
+        ("Run", _run_rows(plan)),
+        ("Memory per GPU, bytes by part added (estimate)", _memory_rows(plan)),
+        ("FLOPs per token (counted: pretrain/flops.py)", _flops_rows(plan)),
+        (f"Time at an assumed MFU of {plan.options.mfu:.0%} (estimate)", _time_rows(plan)),
+        ("Disk (estimate)", _disk_rows(plan)),
+    ]
+
+
+def _run_rows(plan: Plan) -> list[tuple[str, str]]:
+    config, options = plan.config, plan.options
+    parallel = f"{config.parallel.tensor} tensor × {plan.data_parallel} data, ZeRO {config.parallel.zero_stage}"
+    return [
+        ("parameters", f"{plan.counts.total:,} ({plan.counts.total / 1e9:.2f}B)"),
+        ("GPUs", f"{options.gpus} = {options.nodes} nodes × {options.gpus_per_node}; {parallel}"),
+        ("tokens per step", f"{config.tokens_per_step:,}"),
+        ("optimizer steps", f"{config.total_steps:,}"),
+        ("tokens", f"{plan.tokens:,}"),
+        ("micro-batch per GPU", f"{config.train.micro_batch_size} × {config.data.seqlen} tokens"),
+        ("gradient accumulation", f"{config.grad_accum_steps(plan.data_parallel)}"),
+    ]
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+    parts = plan.memory()
+    rows = [(part, _gib(size)) for part, size in parts.items()]
+    return [*rows, ("total", f"{_gib(sum(parts.values()))} of {plan.options.gpu_memory_gib:g} GiB")]
+
+
+def _flops_rows(plan: Plan) -> list[tuple[str, str]]:
+    model, checkpointing = plan.config.model, plan.config.train.activation_checkpointing
+    states = recomputed_flops_per_token(model, activation_checkpointing=False)
+    blocks = recomputed_flops_per_token(model, checkpointing) - states
+    flops = {
+        "matmuls, 6 × weights with the head, no embedding": matmul_flops_per_token(model),
+        "scan, forward and backward": scan_flops_per_token(model),
+        "model total (what MFU counts)": flops_per_token(model),
+        "recomputed besides: scan states": states,
+        "recomputed besides: activation checkpointing": blocks,
+    }
+    return [(name, f"{value / 1e9:.3f} GFLOPs") for name, value in flops.items()]
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+    options, seconds = plan.options, plan.tokens / plan.tokens_per_second
+    model, checkpointing = plan.config.model, plan.config.train.activation_checkpointing
+    done = 1 + recomputed_flops_per_token(model, checkpointing) / flops_per_token(model)
+    return [
+        ("peak per GPU (given)", f"{options.peak_tflops:g} TFLOP/s"),
+        ("with what is recomputed, share of the peak needed", f"{options.mfu * done:.0%}"),
+        ("tokens/s", f"{plan.tokens_per_second:,.0f} ({plan.tokens_per_second / options.gpus:,.0f} per GPU)"),
+        ("hours", f"{seconds / 3600:,.1f}"),
+        ("GPU hours", f"{seconds / 3600 * options.gpus:,.0f}"),
+    ]
+
+
+def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
+    config = plan.config
+    width = 2 if config.model.vocab_size < UINT16_VOCABULARY else 4
+    checkpoint, data = MASTER_AND_MOMENTS * plan.counts.total, width * plan.tokens
+    # The next one is complete before the oldest is removed.
+    held = (config.checkpoint.keep_last + 1) * checkpoint
+    return [
+        (f"one checkpoint ({MASTER_AND_MOMENTS} bytes/parameter)", _gb(checkpoint)),
+        (f"checkpoint.keep_last={config.checkpoint.keep_last}", _gb(config.checkpoint.keep_last * checkpoint)),
+        ("while the next is written", _gb(held)),
+        (f"training tokens, one pass ({width} bytes each)", _gb(data)),
+        ("total", _gb(held + data)),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the tables: ruled on a terminal, bare columns elsewhere."""
+    for title, rows in tables(plan):
+        table = Table(show_header=False, box=SIMPLE_HEAD if console.is_terminal else None)
+        table.add_column()
+        table.add_column(justify="right")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == "total" else None)
+        console.print(title, style="bold", highlight=False)
+        console.print(table, highlight=False)
+        console.print()
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise ConfigError, with what would help, where the estimate is beyond the GPU."""
+    if plan.fits():
+        return
+    size, options = _gib(sum(plan.memory().values())), plan.options
+    helps = remedies(plan)
+    advice = "what fits: " + "; or ".join(helps) if helps else "no setting fits: more GPUs, or larger ones"
+    raise ConfigError(f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}")
+
+
+def main(
+    arguments: Sequence[str] | None = None, make_console: Callable[[], Console] = Console
+) -> int:
+    """0, or 2 with the reason on stderr where the run can't be."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file, like launch/configs/1p3b.yaml")
+    own = ", ".join(f"{f.name}={f.default}" for f in fields(PlanOptions))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}")
+    parsed = parser.parse_args(arguments)
+    try:
+        options, overrides = split_overrides(parsed.overrides)
+        config = load_config(parsed.config, overrides)
+        check_division(config, options)
+        plan = Plan(config, options, ParameterCounts.of(config.model))
+        show(plan, make_console())
+        check_memory(plan)
+    except (ValueError, FileNotFoundError) as error:  # ConfigError is a ValueError
+        print(f"plan: refused: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
