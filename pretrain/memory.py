@@ -1,8 +1,8 @@
-"""An estimate of the bytes that training takes on each GPU, by part, from what the code saves and allocates.
+"""An estimate of the bytes that training takes on each GPU, by part.
 
-Bytes per parameter and ZeRO's partitions follow pretrain/parallel/zero.py and DeepSpeed 0.19's stages; activations
-follow what autograd saves in longhorn_layers. The parts are added although they don't all peak together, so the sum is
-an upper estimate; the allocator's fragmentation is not in it.
+Bytes per parameter and ZeRO's partitions follow pretrain/parallel/zero.py and DeepSpeed 0.19's
+stages; activations are what autograd saves in longhorn_layers. The parts are added although they
+don't all peak together, so the sum is an upper estimate; fragmentation is not in it.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,17 @@ from pretrain.flops import matmul_parameters_per_layer
 GIB = 2**30
 RUNTIME_BYTES = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers: assumed, not measured
 SCAN_CHUNK = 64  # tokens between the states that the Triton scan keeps
-# DeepSpeed's defaults, in elements: its reduction buffer (allocated in full), and what ZeRO-3 keeps gathered.
+# DeepSpeed's defaults, in elements: reduction buffer (allocated in full), and ZeRO-3's gathered.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 FP32, BF16 = 4, 2
 MASTER_AND_MOMENTS = 3 * FP32
+OPTIMIZER_STATE = "optimizer state (fp32 master, two moments)"
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements of the plain model; norms are whole on every tensor-parallel rank, all else is divided."""
+    """Elements of the plain model; a tensor-parallel rank holds norms whole, a share of the rest."""
 
     matrices: int
     cut_vectors: int  # dt_bias, D, the convolution's bias
@@ -59,23 +60,22 @@ def estimate_memory(config: Config, counts: ParameterCounts, data_parallel: int)
 
     Raises ValueError for a mixer whose activations are not counted here.
     """
-    tensor, stage, precision = config.parallel.tensor, config.parallel.zero_stage, config.train.precision
-    own = counts.per_rank(tensor)
-    stored = own.stored_bytes(precision)  # gradients have their parameters' dtype
+    own = counts.per_rank(config.parallel.tensor)
+    sharing = data_parallel if config.parallel.zero_stage == 3 else 1
     return {
-        "parameters": stored // (data_parallel if stage == 3 else 1),
-        "gradients": stored // (data_parallel if stage >= 2 else 1),
-        "optimizer state (fp32 master, two moments)": MASTER_AND_MOMENTS * own.total // data_parallel,
+        "parameters": own.stored_bytes(config.train.precision) // sharing,
+        "gradients": _gradient_bytes(config, own, data_parallel),
+        OPTIMIZER_STATE: MASTER_AND_MOMENTS * own.total // data_parallel,
         "bf16 copies of weights (autocast)": _autocast_copies(config),
         "activations": activation_bytes(config),
         "logits and loss": head_bytes(config),
-        "temporary buffers": _temporary_bytes(config, own),
+        "temporary buffers": _temporary_bytes(config, own, data_parallel),
         "CUDA, NCCL (assumed)": RUNTIME_BYTES,
     }
 
 
 def activation_bytes(config: Config) -> int:
-    """What the blocks keep for the backward; with checkpointing, their inputs and one recomputed block."""
+    """What blocks keep for the backward; checkpointed, their inputs and one block recomputed."""
     model, tokens = config.model, config.train.micro_batch_size * config.data.seqlen
     block = block_activation_bytes(model, config.train.precision, config.parallel.tensor)
     final_norm = FP32 * (model.d_model + 1)
@@ -91,14 +91,19 @@ def block_activation_bytes(model: ModelConfig, precision: str, tensor: int) -> f
     """
     mixer = model.mixer
     if not isinstance(mixer, LonghornConfig):
-        raise ValueError(f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are")
+        raise ValueError(
+            f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are"
+        )
     width = FP32 if precision == "fp32" else BF16
-    norm = FP32 * (model.d_model + 1) + width * model.d_model  # residual and 1/rms; in_proj's input
-    shared = width * (mixer.resolved_dt_rank(model.d_model) + 2 * mixer.d_state)  # dt_low, k, q: on every rank
-    channel = width * 5 + FP32 * mixer.d_state / SCAN_CHUNK  # x and z, u, dt, y; the scan's kept states
-    # The convolution's GPU path is plain torch: padded input, SiLU's fp32 input, an fp32 copy per tap of a bf16 one.
+    # Residual, 1/rms and in_proj's input; dt_low, k, q: all whole on every rank.
+    whole = FP32 * (model.d_model + 1) + width * model.d_model
+    whole += width * (mixer.resolved_dt_rank(model.d_model) + 2 * mixer.d_state)
+    # Per channel: x and z, u, dt, y; the states that the scan keeps.
+    channel = width * 5 + FP32 * mixer.d_state / SCAN_CHUNK
+    # The convolution's GPU path is plain torch: padded input, SiLU's fp32 input, and of a bf16
+    # input an fp32 copy per tap.
     channel += width + FP32 + (0 if width == FP32 else FP32 * mixer.d_conv)
-    return norm + shared + channel * mixer.expand * model.d_model / tensor
+    return whole + channel * mixer.expand * model.d_model / tensor
 
 
 def head_bytes(config: Config) -> int:
@@ -106,27 +111,38 @@ def head_bytes(config: Config) -> int:
     model, tensor = config.model, config.parallel.tensor
     tokens = config.train.micro_batch_size * config.data.seqlen
     width = FP32 if config.train.precision == "fp32" else BF16
-    if tensor > 1:  # all tokens' logits, a range of the vocabulary: fp32, turned in place into softmax; then dlogits
-        vocabulary = model.padded_vocab_size // tensor
-        return tokens * vocabulary * (FP32 + width) + tokens * model.d_model * (FP32 + width)
+    if tensor > 1:  # all tokens' logits of a range of words, in fp32 turned into softmax; dlogits
+        return tokens * (FP32 + width) * (model.padded_vocab_size // tensor + model.d_model)
     chunk = min(tokens, max(MIN_CHUNK, CHUNK_LOGITS_ELSEWHERE // model.vocab_size))
     logits = chunk * model.vocab_size * 2 * FP32  # beside their log-softmax
-    weight = model.padded_vocab_size * model.d_model * (2 * FP32 + 2 * width)  # gradient, scaled; copy, a chunk's
-    return logits + weight + tokens * model.d_model * 2 * FP32
+    # Its gradient, and that scaled by the backward; its copy for matmuls, and a chunk's gradient.
+    weight = model.padded_vocab_size * model.d_model * 2 * (FP32 + width)
+    hidden = tokens * model.d_model * 2 * FP32
+    return logits + weight + hidden
+
+
+def _gradient_bytes(config: Config, own: ParameterCounts, data_parallel: int) -> int:
+    """fp32 sums over micro-batches; ZeRO-1 also has a whole micro-batch's bf16 gradients at once."""
+    if config.parallel.zero_stage >= 2:
+        return FP32 * own.total // data_parallel
+    return FP32 * own.total + (BF16 * own.matrices if config.train.precision == "bf16" else 0)
 
 
 def _autocast_copies(config: Config) -> int:
-    """autocast caches each linear's bf16 weight until the forward ends; its backward holds it too."""
+    """autocast caches each linear's bf16 weight for the forward; the backward holds it too."""
     if config.train.precision != "autocast":
         return 0
-    return BF16 * config.model.n_layer * matmul_parameters_per_layer(config.model) // config.parallel.tensor
+    linears = config.model.n_layer * matmul_parameters_per_layer(config.model)
+    return BF16 * linears // config.parallel.tensor
 
 
-def _temporary_bytes(config: Config, own: ParameterCounts) -> int:
-    """DeepSpeed's reduction buffers, one block's gradients, and the parameters that ZeRO-3 has gathered."""
+def _temporary_bytes(config: Config, own: ParameterCounts, data_parallel: int) -> int:
+    """DeepSpeed's reduction buffers and flat gradient, a block's gradients, ZeRO-3's gathered."""
     precision, tokens = config.train.precision, config.train.micro_batch_size * config.data.seqlen
-    buckets = (2 if precision == "bf16" else 1) * FP32 * REDUCE_BUCKET  # one per parameter dtype, each fp32
-    # A gradient for each of a block's activations: they come and go in the backward, block by block.
+    dtypes = 2 if precision == "bf16" else 1  # of the parameters; each has a bucket
+    buckets = dtypes * FP32 * REDUCE_BUCKET
+    flat_gradient = FP32 * own.total // data_parallel  # this rank's, for the optimizer
+    # A gradient for each of a block's activations; they come and go block by block.
     block = int(tokens * block_activation_bytes(config.model, precision, config.parallel.tensor))
     live = min(1.0, MAX_LIVE_PARAMETERS / own.total) if config.parallel.zero_stage == 3 else 0.0
-    return buckets + block + int(live * own.stored_bytes(precision))
+    return buckets + flat_gradient + block + int(live * own.stored_bytes(precision))

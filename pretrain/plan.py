@@ -1,6 +1,6 @@
 """Command: what a run will take, before it takes it: memory, time, disk. Refuses what cannot run.
 
-    python -m pretrain.plan launch/configs/1p3b.yaml nodes=4 gpus_per_node=8 train.micro_batch_size=4
+    python -m pretrain.plan launch/configs/1p3b.yaml nodes=4 gpus_per_node=8 parallel.tensor=2
 
 Beside the config's keys there are the plan's own, which describe the machine: see `PlanOptions`.
 """
@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from pretrain.flops import (
 )
 from pretrain.memory import GIB, MASTER_AND_MOMENTS, ParameterCounts, estimate_memory
 
+DESCRIPTION = "What a run will take: memory, time, disk. Refuses what cannot run."
 UINT16_VOCABULARY = 65_500  # below it Megatron's .bin holds two bytes a token, else four
 
 
@@ -80,7 +81,8 @@ class Plan:
 def split_overrides(overrides: Sequence[str]) -> tuple[PlanOptions, list[str]]:
     """The plan's own keys out of `key=value` overrides, and the config's, left as they are.
 
-    Raises ConfigError for a plan key's bad value, and for a key that neither has, with the nearest of both.
+    Raises ConfigError for a plan key's bad value, and for a key that neither has, naming the
+    nearest of both.
     """
     names = {f.name for f in fields(PlanOptions)}
     own = [o for o in overrides if _key(o) in names]
@@ -96,8 +98,9 @@ def _key(override: str) -> str:
 
 
 def _suggestion(key: str, names: set[str]) -> str:
-    by_leaf = {k.rsplit(".", 1)[-1]: k for k in _leaves(config_to_dict(Config()))} | {n: n for n in names}
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1)
+    by_leaf = {k.split(".")[-1]: k for k in _leaves(config_to_dict(Config()))}
+    by_leaf |= {name: name for name in names}
+    close = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)
     if close:
         return f"; did you mean {by_leaf[close[0]]!r}?"
     return f"; the plan's own keys: {', '.join(sorted(names))}"
@@ -105,16 +108,19 @@ def _suggestion(key: str, names: set[str]) -> str:
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in values.items():
-        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        path = prefix + name
+        yield from _leaves(value, f"{path}.") if isinstance(value, dict) else [path]
 
 
 def _options(overrides: list[str]) -> PlanOptions:
     if unfinished := [o for o in overrides if "=" not in o]:
         raise ConfigError(f"{unfinished[0]!r}: an override is written key=value, like nodes=4")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PlanOptions), OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.from_dotlist(overrides)
+        merged = OmegaConf.merge(OmegaConf.structured(PlanOptions), given)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"command line: {error.full_key}: {error.msg or error}".splitlines()[0]) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"command line: {error.full_key}: {reason}") from None
     options = OmegaConf.to_object(merged)
     assert isinstance(options, PlanOptions)
     for name, value in vars(options).items():
@@ -129,10 +135,10 @@ def _options(overrides: list[str]) -> PlanOptions:
 def check_division(config: Config, options: PlanOptions) -> None:
     """Raise ConfigError, naming every key that does not divide and the nearest values that do."""
     problems, tensor = [], config.parallel.tensor
-    parts = {f"{options.nodes} nodes × {options.gpus_per_node} GPUs": options.gpus} | _tensor_dimensions(config)
+    gpus = {f"nodes={options.nodes} × gpus_per_node={options.gpus_per_node}": options.gpus}
     valid = _tensor_sizes(config, options)
     nearest = sorted(sorted(valid, key=lambda n: abs(n - tensor))[:2])
-    for what, size in parts.items():
+    for what, size in (gpus | _tensor_dimensions(config)).items():
         if size % tensor:
             problems.append(
                 f"parallel.tensor={tensor} does not divide {what} = {size}; "
@@ -149,9 +155,10 @@ def check_division(config: Config, options: PlanOptions) -> None:
 
 def _tensor_dimensions(config: Config) -> dict[str, int]:
     """What tensor parallelism cuts (pretrain/parallel/tensor_parallel.py)."""
-    model, dimensions = config.model, {"the padded vocabulary": config.model.padded_vocab_size}
-    if isinstance(model.mixer, LonghornConfig):
-        dimensions["d_inner (model.mixer.expand × model.d_model)"] = model.mixer.expand * model.d_model
+    model, mixer = config.model, config.model.mixer
+    dimensions = {"the padded vocabulary": model.padded_vocab_size}
+    if isinstance(mixer, LonghornConfig):
+        dimensions["d_inner = model.mixer.expand × model.d_model"] = mixer.expand * model.d_model
     return dimensions
 
 
@@ -161,7 +168,7 @@ def _tensor_sizes(config: Config, options: PlanOptions) -> list[int]:
 
 
 def remedies(plan: Plan) -> list[str]:
-    """The smallest sets of changes to the config with which the plan fits, as overrides with their memory."""
+    """The smallest sets of changes with which the plan fits, as overrides with their memory."""
     found: dict[tuple[str, ...], str] = {}
     for change in sorted(_changes(plan), key=len):
         if found and len(change) > len(min(found, key=len)):
@@ -175,13 +182,13 @@ def remedies(plan: Plan) -> list[str]:
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Sets of overrides that may save memory, each key's mildest value first."""
-    config = plan.config
-    micro_batches = reversed(range(1, config.train.micro_batch_size))
+    train, parallel = plan.config.train, plan.config.parallel
+    tensor_sizes = _tensor_sizes(plan.config, plan.options)
     choices: dict[str, list[Any]] = {
-        "train.activation_checkpointing": [True] if not config.train.activation_checkpointing else [],
-        "train.micro_batch_size": [n for n in micro_batches if config.train.global_batch_size % n == 0],
-        "parallel.zero_stage": list(range(config.parallel.zero_stage + 1, 4)),
-        "parallel.tensor": [n for n in _tensor_sizes(config, plan.options) if n > config.parallel.tensor],
+        "train.activation_checkpointing": [] if train.activation_checkpointing else [True],
+        "train.micro_batch_size": list(reversed(range(1, train.micro_batch_size))),
+        "parallel.zero_stage": list(range(parallel.zero_stage + 1, 4)),
+        "parallel.tensor": [n for n in tensor_sizes if n > parallel.tensor],
     }
     for values in itertools.product(*([None, *values] for values in choices.values())):
         yield {key: value for key, value in zip(choices, values, strict=True) if value is not None}
@@ -195,7 +202,8 @@ def _changed(config: Config, change: dict[str, Any]) -> Config:
 
 
 def _divides(plan: Plan) -> bool:
-    return plan.config.train.global_batch_size % (plan.config.train.micro_batch_size * plan.data_parallel) == 0
+    train = plan.config.train
+    return train.global_batch_size % (train.micro_batch_size * plan.data_parallel) == 0
 
 
 def tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -211,7 +219,8 @@ def tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     config, options = plan.config, plan.options
-    parallel = f"{config.parallel.tensor} tensor × {plan.data_parallel} data, ZeRO {config.parallel.zero_stage}"
+    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
+    parallel = f"{tensor} tensor × {plan.data_parallel} data, ZeRO {stage}"
     return [
         ("parameters", f"{plan.counts.total:,} ({plan.counts.total / 1e9:.2f}B)"),
         ("GPUs", f"{options.gpus} = {options.nodes} nodes × {options.gpus_per_node}; {parallel}"),
@@ -244,27 +253,27 @@ def _flops_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
-    options, seconds = plan.options, plan.tokens / plan.tokens_per_second
+    options, rate = plan.options, plan.tokens_per_second
+    hours = plan.tokens / rate / 3600
     model, checkpointing = plan.config.model, plan.config.train.activation_checkpointing
     done = 1 + recomputed_flops_per_token(model, checkpointing) / flops_per_token(model)
     return [
         ("peak per GPU (given)", f"{options.peak_tflops:g} TFLOP/s"),
         ("with what is recomputed, share of the peak needed", f"{options.mfu * done:.0%}"),
-        ("tokens/s", f"{plan.tokens_per_second:,.0f} ({plan.tokens_per_second / options.gpus:,.0f} per GPU)"),
-        ("hours", f"{seconds / 3600:,.1f}"),
-        ("GPU hours", f"{seconds / 3600 * options.gpus:,.0f}"),
+        ("tokens/s", f"{rate:,.0f} ({rate / options.gpus:,.0f} per GPU)"),
+        ("hours", f"{hours:,.1f}"),
+        ("GPU hours", f"{hours * options.gpus:,.0f}"),
     ]
 
 
 def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
-    config = plan.config
-    width = 2 if config.model.vocab_size < UINT16_VOCABULARY else 4
+    keep_last = plan.config.checkpoint.keep_last
+    width = 2 if plan.config.model.vocab_size < UINT16_VOCABULARY else 4
     checkpoint, data = MASTER_AND_MOMENTS * plan.counts.total, width * plan.tokens
-    # The next one is complete before the oldest is removed.
-    held = (config.checkpoint.keep_last + 1) * checkpoint
+    held = (keep_last + 1) * checkpoint  # the next is complete before the oldest is removed
     return [
         (f"one checkpoint ({MASTER_AND_MOMENTS} bytes/parameter)", _gb(checkpoint)),
-        (f"checkpoint.keep_last={config.checkpoint.keep_last}", _gb(config.checkpoint.keep_last * checkpoint)),
+        (f"checkpoint.keep_last={keep_last}", _gb(keep_last * checkpoint)),
         ("while the next is written", _gb(held)),
         (f"training tokens, one pass ({width} bytes each)", _gb(data)),
         ("total", _gb(held + data)),
@@ -298,25 +307,31 @@ def check_memory(plan: Plan) -> None:
         return
     size, options = _gib(sum(plan.memory().values())), plan.options
     helps = remedies(plan)
-    advice = "what fits: " + "; or ".join(helps) if helps else "no setting fits: more GPUs, or larger ones"
-    raise ConfigError(f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}")
+    advice = (
+        "what fits: " + "; or ".join(helps)
+        if helps
+        else "no setting fits: more GPUs, or larger ones"
+    )
+    raise ConfigError(
+        f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}"
+    )
 
 
-def main(
-    arguments: Sequence[str] | None = None, make_console: Callable[[], Console] = Console
-) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with the reason on stderr where the run can't be."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pretrain.plan", description=DESCRIPTION)
     parser.add_argument("config", help="YAML file, like launch/configs/1p3b.yaml")
     own = ", ".join(f"{f.name}={f.default}" for f in fields(PlanOptions))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}"
+    )
     parsed = parser.parse_args(arguments)
     try:
         options, overrides = split_overrides(parsed.overrides)
         config = load_config(parsed.config, overrides)
         check_division(config, options)
         plan = Plan(config, options, ParameterCounts.of(config.model))
-        show(plan, make_console())
+        show(plan, Console())
         check_memory(plan)
     except (ValueError, FileNotFoundError) as error:  # ConfigError is a ValueError
         print(f"plan: refused: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ them. Unmarked shards train silently wrong (DESIGN §10), so `audit` compares ma
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,23 @@ def shard_parameter(full: nn.Parameter, mesh: Mesh, dim: int, stride: int = 1) -
     part = nn.Parameter(shard_tensor(full.detach(), dim, stride, mesh.tensor_rank, mesh.tensor_size))
     set_tensor_model_parallel_attributes(part, True, dim, stride)
     return part
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a parameter is cut over tensor ranks: `shape` is one rank's part; dim None: every rank holds it whole."""
+
+    shape: list[int]
+    dim: int | None
+    stride: int
+
+
+def sharding_of(parameter: nn.Parameter) -> Sharding:
+    """Read off megatron-core's marks; ZeRO-3 keeps the shape of what it has cut further in `ds_shape`."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    if getattr(parameter, "tensor_model_parallel", False):
+        return Sharding(shape, parameter.partition_dim, parameter.partition_stride)
+    return Sharding(shape, None, 1)
 
 
 class ColumnParallelLinear(nn.Module):

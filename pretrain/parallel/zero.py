@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.optim import build_optimizer, cast_matrices
 from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.tensor_parallel import Sharding, sharding_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
@@ -25,21 +26,20 @@ from deepspeed.utils import safe_get_full_grad  # noqa: E402
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel("ERROR")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fragment:
     """A slice of one parameter that this rank's optimizer owns.
 
+    `start`: where the slice begins in the flattened tensor-parallel shard.
     `tensors`: fp32 views of the master and Adam's moments, [numel] each; writing to them changes the optimizer.
-    `start`: where the slice begins in the flattened tensor-parallel shard, whose shape is `shape`.
     """
 
     name: str
-    parameter: nn.Parameter
-    shape: tuple[int, ...]
     start: int
+    numel: int
     tensors: dict[str, Tensor]
 
 
@@ -65,6 +65,10 @@ class ZeroEngine:
     @property
     def module(self) -> nn.Module:
         return self.engine.module
+
+    def shardings(self) -> dict[str, Sharding]:
+        """How every parameter is cut over tensor ranks."""
+        return {name: sharding_of(parameter) for parameter, name in self._names.items()}
 
     def forward_backward(self, batch: dict[str, Tensor | None], n_targets: int) -> float:
         """Accumulate the gradient of one micro-batch; returns its summed loss.
@@ -130,10 +134,9 @@ class ZeroEngine:
 
     def _fragment(self, flat: Tensor, parameter: nn.Parameter, here: int, start: int, numel: int) -> Fragment:
         state = self.engine.optimizer.optimizer.state[flat]
-        sources = {"master": flat.data} | {name: state[name] for name in MOMENTS}
+        sources = {MASTER: flat.data} | {name: state[name] for name in MOMENTS}
         tensors = {name: t.narrow(0, here, numel) for name, t in sources.items()}
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return Fragment(self._names[parameter], parameter, shape, start, tensors)
+        return Fragment(self._names[parameter], start, numel, tensors)
 
     def _flat_partitions(self) -> list[Tensor]:
         optimizer = self.engine.optimizer

@@ -1,0 +1,133 @@
+"""Run part jobs in a pool of processes, with a progress bar, and leave no process behind."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.managers import SyncManager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from data_tools.parts import Part, PartJob, TooManyBadLines, make_part
+
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """The command is ending; the part at hand is given up."""
+
+
+class Link:
+    """A worker's line to the command: bytes read go up, the request to stop comes down."""
+
+    def __init__(self, manager: SyncManager) -> None:
+        self._progress = manager.Queue()
+        self._stop = manager.Event()
+
+    def advance(self, count: int) -> None:
+        """Report ``count`` more bytes of input read; raises Stopped once the command is ending."""
+        self._progress.put(count)
+        if self._stop.is_set():
+            raise Stopped
+
+    def stop(self) -> None:
+        """Ask every worker to give up."""
+        self._stop.set()
+
+    def read_bytes(self) -> int:
+        """Bytes reported since the last call."""
+        return sum(self._progress.get() for _ in range(self._progress.qsize()))
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Link]]:
+    """A pool of processes that have megatron-core loaded, stopped early where the body raises."""
+    # Forked from a server that has imported megatron-core once: no import per worker, and no fork
+    # of a process that has threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_tools.indexed", "data_tools.parts"])
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    # Ctrl-C is the command's to handle: what starts here, and all that it starts, inherits a mask.
+    # The tracker goes first because its start ends in unmasking.
+    resource_tracker.ensure_running()
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+        manager.start(_end_with_parent)
+        link = Link(manager)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+        with manager, pool:
+            try:
+                # A pool left before its first worker runs ends in that worker's traceback.
+                pool.submit(os.getpid).result()
+                signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+                yield pool, link
+            except BaseException:
+                link.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+
+
+def make_parts(
+    jobs: list[PartJob], pool: ProcessPoolExecutor, link: Link
+) -> list[tuple[Part, bool]]:
+    """Make every job's part; returns in the jobs' order what :func:`make_part` does.
+
+    Raises:
+        TooManyBadLines: the files together have more than the jobs' ``skip_bad``.
+    """
+    sizes = {job.source: job.source.stat().st_size for job in jobs}
+    # The largest first, so that none is left over at the end.
+    by_size = sorted(jobs, key=lambda job: sizes[job.source], reverse=True)
+    futures = {job.source: pool.submit(make_part, job, link.advance) for job in by_size}
+    pending = set(futures.values())
+    bad: list[str] = []
+    with _progress() as progress:
+        bar = progress.add_task("tokenizing (input as stored)", total=sum(sizes.values()))
+        while pending:
+            done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            progress.advance(bar, link.read_bytes())
+            for future in done:
+                try:
+                    bad += future.result()[0].bad_lines
+                except TooManyBadLines as error:
+                    bad += error.lines
+            if len(bad) > jobs[0].skip_bad:
+                raise TooManyBadLines(bad)
+    return [futures[job.source].result() for job in jobs]
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _end_with_parent() -> None:
+    # After a kill -9 of the command no worker may write on beside the workers of the next run.
+    threading.Thread(target=_wait_for_parents_end, daemon=True).start()
+
+
+def _wait_for_parents_end() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

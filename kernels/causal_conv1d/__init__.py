@@ -1,0 +1,150 @@
+"""Depthwise causal convolution over time, with its decoding step. Both are public ops."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from kernels.causal_conv1d.cpu import causal_conv1d_cpu
+from kernels.causal_conv1d.reference import causal_conv1d_reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: Literal["auto", "reference", "cpu"] = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out[b, t, d] = act(bias[d] + Σ_k weight[d, k]·x[b, t - d_conv + 1 + k, d])`.
+
+    Differentiable in x, weight, bias and initial_state, from out and from the final state. Sums
+    are fp32 (fp64 for fp64 x), whatever x's dtype.
+
+    Args:
+        x: (batch, seqlen, d_inner). A view is fine: the cpu backend copies nothing where channels
+            are adjacent, as in one half of `in_proj`'s output.
+        weight: (d_inner, d_conv), nn.Conv1d's squeezed; `weight[:, -1]` meets the current token.
+        bias: (d_inner,).
+        activation: "silu" or None.
+        initial_state: (batch or n_seq, d_inner, d_conv - 1), the last inputs before each sequence,
+            oldest first; zeros if None. Converted to x's dtype.
+        return_final_state: also return the state after the last token, in initial_state's shape
+            and x's dtype: the initial_state of what follows.
+        cu_seqlens: int [n_seq + 1], 0 first and seqlen last: documents packed into one row
+            (batch = 1), between which nothing flows. An empty document keeps its state.
+        backend: "reference" (plain torch, any device), "cpu" (C++), or "auto": cpu for tensors
+            there, else reference.
+
+    Returns:
+        out (batch, seqlen, d_inner) in x's dtype, or (out, final_state).
+
+    Raises:
+        ValueError: for shapes, cu_seqlens, activation or backend that don't fit, by name.
+    """
+    _check_operands(x, weight, bias, activation, dims=3)
+    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, x)
+    n_seq = x.shape[0] if bounds is None else len(bounds) - 1
+    if initial_state is not None:
+        _check_shape("initial_state", initial_state, (n_seq, x.shape[2], weight.shape[1] - 1))
+        initial_state = initial_state.to(x.dtype)
+    run = _backend(backend, x.device)
+    out, final_state = run(x, weight, bias, initial_state, bounds, activation == "silu")
+    return (out, final_state) if return_final_state else out
+
+
+@torch.no_grad()
+def causal_conv1d_step(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of `causal_conv1d` per row: the state moves on in place. No gradients.
+
+    Args:
+        state: (n_states, d_inner, d_conv - 1) as `causal_conv1d` returns it; n_states = batch
+            unless state_indices is given.
+        x: (batch, d_inner).
+        weight, bias, activation: as in `causal_conv1d`.
+        state_indices: int (batch,), the row of `state` that each row of x belongs to, each at most
+            once; -1: none, and that row of the output is zero.
+
+    Returns:
+        out (batch, d_inner) in x's dtype.
+
+    Raises:
+        ValueError: for shapes or an activation that don't fit, by name.
+    """
+    _check_operands(x, weight, bias, activation, dims=2)
+    n_states = x.shape[0] if state_indices is None else state.shape[0]
+    _check_shape("state", state, (n_states, x.shape[1], weight.shape[1] - 1))
+    if state_indices is not None:
+        _check_shape("state_indices", state_indices, x.shape[:1])
+        used = state_indices >= 0
+        rows = state_indices[used].long()
+        out, selected = torch.zeros_like(x), state[rows]
+        out[used] = causal_conv1d_step(selected, x[used], weight, bias, activation=activation)
+        state[rows] = selected
+        return out
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    window = torch.cat([state.to(sums), x.to(sums).unsqueeze(-1)], dim=-1)
+    state.copy_(window[..., 1:])
+    out = (window * weight.to(sums)).sum(-1)
+    if bias is not None:
+        out += bias.to(sums)
+    return (silu(out) if activation == "silu" else out).to(x.dtype)
+
+
+def _backend(name: str, device: torch.device):
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" else "reference"
+    backends = {"reference": causal_conv1d_reference, "cpu": causal_conv1d_cpu}
+    if name not in backends:
+        raise ValueError(f"backend must be 'auto', 'reference' or 'cpu', not {name!r}")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, x is on {device}")
+    return backends[name]
+
+
+def _check_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *, dims: int
+) -> None:
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', not {activation!r}")
+    if x.dim() != dims or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating point with {dims} dimensions, d_inner last; "
+            f"it is {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] < 1:
+        raise ValueError(
+            f"weight must be (d_inner, d_conv) = ({x.shape[-1]}, ≥ 1), not {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _check_shape("bias", bias, x.shape[-1:])
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def _document_bounds(cu_seqlens: Tensor, x: Tensor) -> list[int]:
+    bounds, (batch, seqlen, _) = cu_seqlens.tolist(), x.shape
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into a batch of 1, x has batch {batch}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to seqlen = {seqlen}, not be {bounds}")
+    return bounds

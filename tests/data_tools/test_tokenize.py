@@ -1,0 +1,270 @@
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+import data_tools.tokenize
+from data_tools.parts import TooManyBadLines
+from data_tools.readers import read_documents
+from data_tools.shards import Counts, Manifest, ShardError, ShardPaths, open_shard, verify_shard
+from data_tools.tokenize import main, tokenize
+from data_tools.train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+ENDS = ("bin", "idx", "manifest.json", "tokenizer.model")
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_file: Path) -> Callable:
+    """Tokenizes ``input/*`` into the prefix ``tmp_path/NAME``."""
+
+    def run(name: str = "out", workers: int = 1, **options: object):
+        source, prefix = f"{tmp_path}/input/*", f"{tmp_path}/{name}"
+        return tokenize([source], str(tokenizer_file), prefix, workers, **options)
+
+    return run
+
+
+def files_of(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}.{end}").read_bytes() for end in ENDS]
+
+
+def append_line(path: Path, line: str) -> None:
+    content = zstandard.decompress(path.read_bytes()) + line.encode() + b"\n"
+    path.write_bytes(zstandard.compress(content))
+
+
+def names(paths: list[str]) -> list[str]:
+    return sorted(Path(path).name for path in paths)
+
+
+def test_the_shard_holds_every_document_in_order(
+    tmp_path, run, input_folder, records, tokenizer, tokenizer_file
+):
+    input_folder()
+
+    manifest = run(workers=2).manifest
+
+    dataset = open_shard(tmp_path / "out")
+    documents = [dataset[index].tolist() for index in range(len(dataset))]
+    assert documents == [[*tokenizer.encode(r["text"]), tokenizer.eos_id] for r in records]
+    assert (manifest.documents, manifest.tokens) == (12, sum(map(len, documents)))
+    assert manifest.text_bytes == sum(len(r["text"].encode()) for r in records) == 215_885
+    assert manifest.dtype == "uint16"
+    assert [Path(source.path).name for source in manifest.sources] == [
+        f"{index}.jsonl.zst" for index in range(4)
+    ]
+    for name in ("StateOfTheUnionSpoken", "StateOfTheUnionWritten"):
+        chosen = [r["meta"]["redpajama_set_name"] == name for r in records]
+        expected = Counts(
+            sum(chosen),
+            sum(len(d) for d, c in zip(documents, chosen, strict=True) if c),
+            sum(len(r["text"].encode()) for r, c in zip(records, chosen, strict=True) if c),
+        )
+        assert manifest.sets[name] == expected
+    assert (tmp_path / "out.tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+    assert Manifest.read(tmp_path / "out.manifest.json") == manifest
+    assert verify_shard(tmp_path / "out") == []
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, run, input_folder):
+    input_folder()
+
+    run("one", workers=1)
+    run("two", workers=2)
+
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_empty_documents_are_left_out_and_counted(run, input_folder):
+    folder = input_folder()
+    append_line(folder / "1.jsonl.zst", '{"text": ""}')
+
+    manifest = run().manifest
+
+    assert (manifest.documents, manifest.empty_documents) == (12, 1)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_started_again_it_redoes_only_unfinished_files(
+    tmp_path, run, input_folder, tokenizer_file, stop
+):
+    folder = input_folder(repeat=8)
+    parts = tmp_path / "out.parts"
+    command = [sys.executable, "-m", "data_tools.tokenize", "--workers", "1"]
+    command += ["--input", f"{folder}/*", "--tokenizer", str(tokenizer_file)]
+    process = subprocess.Popen(
+        [*command, "--output", f"{tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not list(parts.glob("*.done.json")):
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.01)
+        process.send_signal(stop)
+        error = process.communicate()[1]
+    finally:
+        process.kill()
+    done = [json.loads(path.read_text())["source"]["path"] for path in parts.glob("*.done.json")]
+    assert 0 < len(done) < 4
+    assert not (tmp_path / "out.manifest.json").exists()
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted" in error and "Traceback" not in error
+
+    outcome = run()
+
+    assert names(outcome.reused) == names(done)
+    assert len(outcome.tokenized) == 4 - len(done)
+    run("uninterrupted")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uninterrupted")
+
+
+def test_lost_and_broken_markers_and_changed_inputs_are_redone(
+    tmp_path, run, input_folder, monkeypatch
+):
+    folder = input_folder()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_tools.tokenize, "_publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert not (tmp_path / "out.bin").exists()
+    markers = {
+        Path(json.loads(path.read_text())["source"]["path"]).name: path
+        for path in (tmp_path / "out.parts").glob("*.done.json")
+    }
+    assert len(markers) == 4
+    markers["0.jsonl.zst"].unlink()
+    markers["1.jsonl.zst"].write_bytes(markers["1.jsonl.zst"].read_bytes()[:50])
+    append_line(folder / "2.jsonl.zst", '{"text": "One more document."}')
+
+    outcome = run()
+
+    assert names(outcome.reused) == ["3.jsonl.zst"]
+    assert names(outcome.tokenized) == ["0.jsonl.zst", "1.jsonl.zst", "2.jsonl.zst"]
+    run("afresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "afresh")
+
+
+def test_parts_of_another_tokenizer_are_redone(tmp_path, run, input_folder, corpus, monkeypatch):
+    folder = input_folder()
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer([corpus], vocab_size=500))
+    with monkeypatch.context() as patch:
+        patch.setattr(data_tools.tokenize, "_publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tokenize([f"{folder}/*"], str(other), f"{tmp_path}/out", workers=1)
+
+    assert run().reused == []
+
+
+def test_a_finished_shard_is_left_alone(tmp_path, run, input_folder):
+    input_folder()
+    run()
+    before = (tmp_path / "out.bin").stat()
+
+    outcome = run()
+
+    assert (outcome.tokenized, outcome.reused) == ([], [])
+    assert (tmp_path / "out.bin").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_different_shard_is_only_replaced_on_request(tmp_path, run, input_folder):
+    folder = input_folder()
+    run()
+    before = files_of(tmp_path / "out")
+    append_line(folder / "3.jsonl.zst", '{"text": "One more document."}')
+
+    with pytest.raises(ShardError, match=r"3.jsonl.zst has other content .* --overwrite"):
+        run()
+    assert files_of(tmp_path / "out") == before
+    assert run(overwrite=True).manifest.documents == 13
+    (folder / "3.jsonl.zst").unlink()
+    with pytest.raises(ShardError, match=r"made from 4 files, --input matches 3"):
+        run()
+
+
+def test_a_foreign_shard_is_not_overwritten(tmp_path, run, input_folder):
+    input_folder()
+    (tmp_path / "out.bin").write_bytes(b"somebody's tokens")
+
+    with pytest.raises(ShardError, match=r"out.bin is there without a manifest"):
+        run()
+    assert (tmp_path / "out.bin").read_bytes() == b"somebody's tokens"
+
+
+def test_a_second_run_beside_the_first_is_refused(tmp_path, run, input_folder):
+    input_folder()
+
+    with (
+        data_tools.tokenize._work_folder(ShardPaths.of(tmp_path / "out")),
+        pytest.raises(ShardError, match=r"out.parts: another run is writing this shard"),
+    ):
+        run()
+
+
+def test_bad_lines_are_counted_over_all_files(tmp_path, run, input_folder):
+    folder = input_folder()
+    append_line(folder / "0.jsonl.zst", '{"text": ')
+    append_line(folder / "2.jsonl.zst", '{"meta": {}}')
+    whole = (folder / "3.jsonl.zst").read_bytes()
+    (folder / "3.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(TooManyBadLines) as caught:
+        run(skip_bad=2)
+    assert len(caught.value.lines) == 3
+    assert not (tmp_path / "out.manifest.json").exists()
+
+    manifest = run(skip_bad=3).manifest
+
+    kept = len([d for d in read_documents(folder / "3.jsonl.zst")]) - 1
+    assert manifest.documents == 9 + kept
+    first, second, third = manifest.bad_lines
+    assert first.startswith(f"{folder}/0.jsonl.zst:4: broken JSON")
+    assert second == f"{folder}/2.jsonl.zst:4: no `text`"
+    assert third.startswith(f"{folder}/3.jsonl.zst:{kept + 1}: damaged archive: truncated")
+    with pytest.raises(ShardError, match=r"3 bad lines were skipped, --skip-bad allows 2"):
+        run(skip_bad=2)
+
+
+def test_the_command_names_bad_lines_and_fails(tmp_path, input_folder, tokenizer_file, capsys):
+    folder = input_folder()
+    append_line(folder / "1.jsonl.zst", "no JSON")
+    arguments = ["--input", f"{folder}/*.jsonl.zst", "--tokenizer", str(tokenizer_file)]
+    arguments += ["--output", f"{tmp_path}/out", "--workers", "1"]
+
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"{folder}/1.jsonl.zst:4: broken JSON" in error
+    assert "1 bad lines so far, --skip-bad allows 0" in error
+    assert not (tmp_path / "out.bin").exists()
+
+    assert main([*arguments, "--skip-bad", "1"]) == 0
+    assert "12 documents" in capsys.readouterr().out
+    assert main([*arguments, "--skip-bad", "1"]) == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_the_command_names_wrong_arguments(tmp_path, corpus, tokenizer_file, capsys):
+    def error(source: object, tokenizer: object) -> str:
+        arguments = ["--input", str(source), "--tokenizer", str(tokenizer)]
+        assert main([*arguments, "--output", f"{tmp_path}/out"]) == 1
+        return capsys.readouterr().err
+
+    assert "none*' matches no file" in error(tmp_path / "none*", tokenizer_file)
+    assert "sotu_small.jsonl: not a SentencePiece model" in error(corpus, corpus)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    assert "1 files, and no document with text in them" in error(empty, tokenizer_file)
+    with pytest.raises(SystemExit):
+        main(["--input", "x", "--tokenizer", "y", "--output", "z", "--workers", "0"])
+    assert "--workers 0: must be at least 1" in capsys.readouterr().err
