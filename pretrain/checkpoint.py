@@ -11,6 +11,7 @@ not, and are not safe: DESIGN §10).
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from longhorn_layers.model import LanguageModel
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
-from pretrain.parallel.zero import MASTER, ZeroEngine
+from pretrain.parallel.zero import MASTER, Fragment, ZeroEngine
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -193,7 +194,7 @@ def newest(run_dir: Path) -> Path | None:
             verify(folder)
             return folder
         except CheckpointError as error:
-            print(f"checkpoint passed over: {error}", flush=True)
+            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
     if folders:
         raise CheckpointError(f"{run_dir}: none of its {len(folders)} checkpoints is sound; remove them to start anew")
     return None
@@ -255,15 +256,8 @@ def load(engine: ZeroEngine, mesh: Mesh, folder: Path, identity: dict[str, Any])
         )
     reader, shardings = _Reader(folder, manifest), engine.shardings()
     for fragment in engine.fragments():
-        sharding = shardings[fragment.name]
         for kind, target in fragment.tensors.items():
-            if sharding.dim is None or manifest.tensor_size == mesh.tensor_size:
-                rank = 0 if sharding.dim is None else mesh.tensor_rank
-                source = reader.span(fragment.name, kind, rank, fragment.start, fragment.numel)
-            else:
-                whole = reader.whole(fragment.name, kind)
-                part = shard_tensor(whole, sharding.dim, sharding.stride, mesh.tensor_rank, mesh.tensor_size)
-                source = part.flatten()[fragment.start : fragment.start + fragment.numel]
+            source = _read_fragment(reader, mesh, shardings[fragment.name], fragment, kind)
             if source.isnan().any():
                 raise CheckpointError(f"{folder}: {fragment.name}|{kind} is not whole, or holds NaN")
             target.copy_(source)
@@ -273,6 +267,18 @@ def load(engine: ZeroEngine, mesh: Mesh, folder: Path, identity: dict[str, Any])
         with safe_open(rng, framework="pt") as file:
             torch.set_rng_state(file.get_tensor("rng"))
     return manifest.progress
+
+
+def _read_fragment(reader: _Reader, mesh: Mesh, sharding: Sharding, fragment: Fragment, kind: str) -> Tensor:
+    """[numel] of the parameter's part on this tensor rank; the whole is put together only where it was cut otherwise."""
+    name, manifest = fragment.name, reader.manifest
+    if manifest.parameters[name] == sharding:
+        rank = 0 if sharding.dim is None else mesh.tensor_rank
+        return reader.span(name, kind, rank, fragment.start, fragment.numel)
+    part = reader.whole(name, kind)
+    if sharding.dim is not None:
+        part = shard_tensor(part, sharding.dim, sharding.stride, mesh.tensor_rank, mesh.tensor_size)
+    return part.flatten()[fragment.start : fragment.start + fragment.numel]
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

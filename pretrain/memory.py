@@ -28,7 +28,7 @@ OPTIMIZER_STATE = "optimizer state (fp32 master, two moments)"
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements of the plain model; a tensor-parallel rank holds norms whole, a share of the rest."""
+    """Elements of the plain model; a tensor-parallel rank has norms whole, a share of the rest."""
 
     matrices: int
     cut_vectors: int  # dt_bias, D, the convolution's bias
@@ -122,7 +122,7 @@ def head_bytes(config: Config) -> int:
 
 
 def _gradient_bytes(config: Config, own: ParameterCounts, data_parallel: int) -> int:
-    """fp32 sums over micro-batches; ZeRO-1 also has a whole micro-batch's bf16 gradients at once."""
+    """fp32 sums over micro-batches; ZeRO-1 also has all of a micro-batch's bf16 gradients."""
     if config.parallel.zero_stage >= 2:
         return FP32 * own.total // data_parallel
     return FP32 * own.total + (BF16 * own.matrices if config.train.precision == "bf16" else 0)

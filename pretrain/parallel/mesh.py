@@ -67,33 +67,47 @@ class Mesh:
 
 @contextmanager
 def init_mesh(tensor: int) -> Iterator[Mesh]:
-    """Join the world that torchrun describes (alone: a world of one), split it, and leave it in order.
+    """Join the world that torchrun describes and split it; leave it in order. Raises what `split_world` does."""
+    with join_world() as device, split_world(tensor, device) as mesh:
+        yield mesh
 
-    Raises ValueError where the world size is no multiple of `tensor`.
-    """
+
+@contextmanager
+def join_world() -> Iterator[torch.device]:
+    """Start the process group: NCCL where there is a GPU, else gloo; without torchrun, a world of one."""
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, alone)  # DeepSpeed reads them too
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+        dist.barrier()  # no rank leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def split_world(tensor: int, device: torch.device) -> Iterator[Mesh]:
+    """Groups of `tensor` neighbouring ranks, and data parallel across them.
+
+    Raises ValueError where `tensor` does not divide the world size.
+    """
+    world_size = dist.get_world_size()
     if world_size % tensor:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(f"parallel.tensor={tensor} does not divide {world_size} processes; what does: {divisors}")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=TIMEOUT,
-        **({} if store is None else {"store": store, "rank": rank, "world_size": world_size}),
-    )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     try:
         yield _mesh(device)
-        dist.barrier()  # no rank leaves while another still talks to it
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def _mesh(device: torch.device) -> Mesh:

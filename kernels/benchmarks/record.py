@@ -1,0 +1,102 @@
+"""What a recorded time needs to mean anything later: hardware, versions, commit."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.cpp import FLAGS, _find_compiler
+
+ROOT = Path(__file__).parents[2]
+# Records themselves: running a benchmark again does not make the code another one.
+RECORDS = ("kernels/benchmarks/results", "pretrain/benchmark_results")
+ENVIRONMENT = re.compile(r"OMP_|KMP_|GOMP_|MKL_|MALLOC_|LD_PRELOAD|CUDA_VISIBLE|PYTORCH_|TRITON_")
+
+
+def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Where, when and with what a benchmark runs; take it before the run, `load_average` shows the company.
+
+    `packages`: distributions whose versions count, beside torch's and triton's.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", *packages)},
+            "cuda": torch.version.cuda,
+            "compiler": _compiler_version(),
+            "compiler_flags": " ".join(FLAGS),
+        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)},
+    }
+
+
+def hardware_slug(device: torch.device) -> str:
+    """The hardware as part of a file name, like `intel-xeon-2.80ghz-2-cores` or `nvidia-h100-80gb-hbm3`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_model()} {os.cpu_count()} cores"
+    name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all, folders included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _commit() -> dict[str, Any] | None:
+    """The checked-out commit, and whether any file but the records differs from it; None outside git."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    exclude = (f":(exclude){folder}" for folder in RECORDS)
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *exclude)
+    return None if head is None else {"hash": head, "dirty": changes != ""}
+
+
+def _compiler_version() -> str | None:
+    compiler = _find_compiler()
+    return None if compiler is None else (_output(compiler, "--version") or "").partition("\n")[0]
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,28 @@
+"""What tests of several rooms share: a real shard of the suite's own text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_tools.tokenize import tokenize
+from data_tools.train_tokenizer import train_tokenizer
+
+TEXT = Path(__file__).parent / "data" / "sotu_small.jsonl"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tokenizer of 512 pieces trained on the suite's text, and the text as a shard."""
+
+    tokenizer: Path
+    prefix: str
+
+
+@pytest.fixture(scope="session")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
+    folder = tmp_path_factory.mktemp("shard")
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(train_tokenizer([TEXT], 512))
+    tokenize([str(TEXT)], str(tokenizer), folder / "shard", workers=1)
+    return Shard(tokenizer, str(folder / "shard"))
