@@ -1,0 +1,133 @@
+"""Checkpoints on disk: whole or absent, verified, passed over when damaged, refused when another run's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from longhorn_layers.config import ModelConfig
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointError, load_model, newest, read_manifest
+from pretrain.config import Config
+from pretrain.parallel.mesh import Mesh, init_mesh
+from pretrain.trainer import Trainer
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    with init_mesh(1) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def config(shard, tmp_path: Path) -> Config:  # type: ignore[no-untyped-def]
+    config = Config(run_dir=str(tmp_path / "run"))
+    config.model = ModelConfig(vocab_size=512, d_model=32, n_layer=1)
+    config.data.train, config.data.seqlen = shard.prefix, 16
+    config.train.total_tokens, config.train.global_batch_size, config.train.micro_batch_size = 640, 4, 4
+    config.train.precision, config.checkpoint.keep_last = "fp32", 2
+    return config
+
+
+def trained(config: Config, mesh: Mesh, steps: int = 2) -> Trainer:
+    """A run with a checkpoint after every step."""
+    trainer = Trainer(config, mesh)
+    for _ in range(steps):
+        trainer.train_step()
+        trainer.save()
+    return trainer
+
+
+def test_layout_and_retention(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 3)
+    run = Path(config.run_dir)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+    assert (run / "latest").read_text() == "step_00000003"
+    manifest = read_manifest(run / "checkpoints" / "step_00000003")
+    assert (manifest.progress.step, manifest.progress.consumed_tokens, manifest.progress.optimizer_steps) == (3, 192, 3)
+    assert manifest.config["train"]["global_batch_size"] == 4 and manifest.tokenizer["vocab_size"] == 512
+    covered = sum(count for file in manifest.files for _, count in file.fragments.values())
+    assert covered == sum(torch.Size(s.shape).numel() for s in manifest.parameters.values())
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (flip_bit, "rank_00000.safetensors"),
+        (truncate, "rank_00000.safetensors"),
+        (Path.unlink, "rank_00000.safetensors"),
+        (truncate, "manifest.json"),
+        (Path.unlink, "manifest.json"),
+    ],
+)
+def test_a_damaged_newest_one_is_passed_over(
+    config: Config, mesh: Mesh, capsys: pytest.CaptureFixture, damage, file: str
+) -> None:  # type: ignore[no-untyped-def]
+    trained(config, mesh)
+    folder = Path(config.run_dir) / "checkpoints" / "step_00000002"
+    damage(folder / file)
+    assert newest(Path(config.run_dir)) == folder.with_name("step_00000001")
+    assert "step_00000002" in capsys.readouterr().err
+    assert Trainer(config, mesh).progress.step == 1
+
+
+def test_no_silent_fresh_start(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    flip_bit(Path(config.run_dir) / "checkpoints" / "step_00000001" / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is sound"):
+        Trainer(config, mesh)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(Path(config.run_dir) / "checkpoints" / "step_00000001", torch.device("cpu"))
+
+
+def test_an_interrupted_save_leaves_the_one_before(
+    config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(config, mesh, 1)
+    trainer.train_step()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        with pytest.raises(CheckpointError, match="was not written: rank 0: .*No space left"):
+            trainer.save()
+    assert newest(Path(config.run_dir)).name == "step_00000001"
+    trainer.save()  # the leftovers don't stand in the way
+    assert newest(Path(config.run_dir)).name == "step_00000002"
+
+
+def test_another_run_is_refused_with_the_difference(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    config.optim.lr, config.model.n_layer = 1e-2, 2
+    with pytest.raises(CheckpointError, match=r"model.n_layer was 1, is 2; optim.lr was 0.0003, is 0.01"):
+        Trainer(config, mesh)
+
+
+def test_loaded_model_has_the_trained_weights(config: Config, mesh: Mesh) -> None:
+    trainer = trained(config, mesh)
+    loaded = load_model(Path(config.run_dir), torch.device("cpu"))
+    assert (loaded.step, loaded.consumed_tokens, loaded.config) == (2, 128, config)
+    weights = loaded.model.state_dict()
+    for name, parameter in trainer.engine.module.named_parameters():
+        assert torch.equal(weights[name], parameter), name
+    assert loaded.model.head.weight is loaded.model.embedding.weight
+    json.dumps(loaded.tokenizer)
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a run with checkpoints nor a checkpoint"):
+        load_model(tmp_path, torch.device("cpu"))
