@@ -1,7 +1,8 @@
 // The Longhorn scan on a CPU (DESIGN §2): a vector of channels walks time with its states in registers.
 //
 // L tokens, D channels (d_inner), N states per channel; T is the type computed in, IO the type stored in memory.
-// States are checkpointed every CHUNK steps in the forward and rebuilt, chunk by chunk, in the backward.
+// Rows of channels are far apart in memory: a chunk of steps is read row by row into buffers of [vector][step], walked
+// vector by vector there, and written back row by row. States are checkpointed every CHUNK steps in the forward and rebuilt, chunk by chunk, in the backward.
 // Work is split over (sequence, GROUP channels). The split depends on the shape alone, so that the order of every
 // sum, and with it every bit of the result, does not depend on the number of threads.
 #include <algorithm>
@@ -18,7 +19,7 @@ constexpr int VECTOR_BYTES = 32;
 #else
 constexpr int VECTOR_BYTES = 16;
 #endif
-constexpr int CHUNK = 32;   // steps between checkpoints; cpu.py knows it too
+constexpr int CHUNK = 16;   // steps between checkpoints; cpu.py knows it too
 constexpr int GROUP = 256;  // channels that one thread walks together; cpu.py knows it too
 
 struct bf16 { uint16_t bits; };
@@ -131,12 +132,12 @@ template <class T> constexpr T MIN_DT = -80;  // reference.py says why
 
 template <class IO, class T, int NS, bool EXACT>
 void forward(const Problem& p, IO* out, T* checkpoints, T* final_state) {
-  const int64_t D = p.d_inner, groups = (D + GROUP - 1) / GROUP;
+  const int64_t D = p.d_inner, groups = (D + GROUP - 1) / GROUP, vectors = GROUP / W<T>;
   const int N = NS ? NS : p.d_state;
   #pragma omp parallel num_threads(p.threads)
   {
     Keys<IO, T> keys(N);
-    Buffer<T> states((GROUP / W<T>) * N);
+    Buffer<T> states(vectors * N), u(vectors * CHUNK), eps(vectors * CHUNK), y(vectors * CHUNK);
     #pragma omp for collapse(2) schedule(static)
     for (int64_t si = 0; si < p.n_seq; si++) for (int64_t g = 0; g < groups; g++) {
       const Sequence& s = p.sequences[si];
@@ -150,24 +151,29 @@ void forward(const Problem& p, IO* out, T* checkpoints, T* final_state) {
         const int steps = std::min<int64_t>(CHUNK, s.length - t0);
         T* checkpoint = checkpoints ? checkpoints + (s.first_chunk + t0 / CHUNK) * N * D : nullptr;
         keys.read(p, s, t0, steps);
+        for (int i = 0; i < steps; i++) for (int64_t d = d0; d < d1; d += W<T>) {
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), j = (d - d0) / W<T> * CHUNK + i;
+          u[j] = load<T>(at<IO>(p.u, s, t0 + i) + d, w);
+          vec<T> x = load<T>(at<IO>(p.dt, s, t0 + i) + d, w) + load<T>((const T*)p.dt_bias + d, w);
+          eps[j] = 1 / (keys.one_plus_k2[i] + exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)));
+        }
         for (int64_t d = d0; d < d1; d += W<T>) {
-          const int w = std::min<int64_t>(W<T>, d1 - d);
-          vec<T> eps[CHUNK], gate[CHUNK], local[NS ? NS : 1], *home = &states[(d - d0) / W<T> * N], *S = NS ? local : home;
-          const vec<T> D_d = load<T>((const T*)p.D + d, w), bias = load<T>((const T*)p.dt_bias + d, w);
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), block = (d - d0) / W<T>;
+          vec<T> local[NS ? NS : 1], *home = &states[block * N], *S = NS ? local : home;
+          const vec<T> D_d = load<T>((const T*)p.D + d, w);
           if (NS) for (int n = 0; n < N; n++) S[n] = home[n];
           if (checkpoint) for (int n = 0; n < N; n++) store<T>(checkpoint + n * D + d, S[n], w);
           for (int i = 0; i < steps; i++) {
-            vec<T> x = load<T>(at<IO>(p.dt, s, t0 + i) + d, w) + bias;
-            eps[i] = 1 / (keys.one_plus_k2[i] + exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)));
-            if (p.z.data) { vec<T> z = load<T>(at<IO>(p.z, s, t0 + i) + d, w); gate[i] = z * sigmoid<T>(z); }
-          }
-          for (int i = 0; i < steps; i++) {
-            const vec<T> u = load<T>(at<IO>(p.u, s, t0 + i) + d, w);
-            vec<T> y = D_d * u + step<T, NS, EXACT>(S, u, eps[i], &keys.k[i * N], &keys.q[i * N], N);
-            if (p.z.data) y *= gate[i];
-            store<T>(out + (s.batch * p.seqlen + s.start + t0 + i) * D + d, y, w);
+            const int64_t j = block * CHUNK + i;
+            y[j] = D_d * u[j] + step<T, NS, EXACT>(S, u[j], eps[j], &keys.k[i * N], &keys.q[i * N], N);
           }
           if (NS) for (int n = 0; n < N; n++) home[n] = S[n];
+        }
+        for (int i = 0; i < steps; i++) for (int64_t d = d0; d < d1; d += W<T>) {
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), j = (d - d0) / W<T> * CHUNK + i;
+          vec<T> gated = y[j];
+          if (p.z.data) { vec<T> z = load<T>(at<IO>(p.z, s, t0 + i) + d, w); gated *= z * sigmoid<T>(z); }
+          store<T>(out + (s.batch * p.seqlen + s.start + t0 + i) * D + d, gated, w);
         }
       }
       for (int64_t d = d0; d < d1; d++) for (int n = 0; n < N; n++)
@@ -191,6 +197,7 @@ void backward(const Problem& p, const Gradients& o, const T* checkpoints) {
   {
     Keys<IO, T> keys(N);
     Buffer<T> history((CHUNK + 1) * N), adjoint(vectors * N), sum_q(CHUNK * N), sum_k(CHUNK * N), sum_k2(CHUNK), sum_D(vectors), sum_bias(vectors);
+    Buffer<T> u(vectors * CHUNK), eps(vectors * CHUNK), slope(vectors * CHUNK), dy(vectors * CHUNK), dz(vectors * CHUNK);
     #pragma omp for collapse(2) schedule(static)
     for (int64_t si = 0; si < p.n_seq; si++) for (int64_t g = 0; g < groups; g++) {
       const Sequence& s = p.sequences[si];
@@ -205,70 +212,77 @@ void backward(const Problem& p, const Gradients& o, const T* checkpoints) {
         const T* checkpoint = checkpoints + (s.first_chunk + c) * N * D;
         sum_q.zero(); sum_k.zero(); sum_k2.zero();
         keys.read(p, s, t0, steps);
-        for (int64_t d = d0; d < d1; d += W<T>) {
-          const int w = std::min<int64_t>(W<T>, d1 - d), block = (d - d0) / W<T>;
-          vec<T> eps[CHUNK], slope[CHUNK], y[CHUNK], S[NS ? NS : 1], *state = NS ? S : history.data;
-          const vec<T> D_d = load<T>((const T*)p.D + d, w), bias = load<T>((const T*)p.dt_bias + d, w);
-          for (int i = 0; i < steps; i++) {
-            vec<T> x = load<T>(at<IO>(p.dt, s, t0 + i) + d, w) + bias;
-            vec<T> e = exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x));
-            eps[i] = 1 / (keys.one_plus_k2[i] + e);
-            slope[i] = x < MIN_DT<T> ? x * 0 : eps[i] * (eps[i] * e);  // d eps / d x
+        for (int i = 0; i < steps; i++) for (int64_t d = d0; d < d1; d += W<T>) {
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), j = (d - d0) / W<T> * CHUNK + i;
+          u[j] = load<T>(at<IO>(p.u, s, t0 + i) + d, w);
+          vec<T> x = load<T>(at<IO>(p.dt, s, t0 + i) + d, w) + load<T>((const T*)p.dt_bias + d, w);
+          vec<T> e = exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x));
+          eps[j] = 1 / (keys.one_plus_k2[i] + e);
+          slope[j] = x < MIN_DT<T> ? x * 0 : eps[j] * (eps[j] * e);  // d eps / d x
+          dy[j] = load<T>((const IO*)o.dout + (token0 + i) * D + d, w);
+          if (p.z.data) {
+            vec<T> z = load<T>(at<IO>(p.z, s, t0 + i) + d, w), sg = sigmoid<T>(z);
+            dz[j] = dy[j] * sg * (1 + z * (1 - sg));  // times y, once that is rebuilt
+            dy[j] *= z * sg;
           }
+        }
+        for (int64_t d = d0; d < d1; d += W<T>) {
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), block = (d - d0) / W<T>;
+          vec<T> S[NS ? NS : 1], *state = NS ? S : history.data;
+          const vec<T> D_d = load<T>((const T*)p.D + d, w);
           for (int n = 0; n < N; n++) history[n] = load<T>(checkpoint + n * D + d, w);
           if (NS) for (int n = 0; n < N; n++) S[n] = history[n];
           for (int i = 0; i < steps; i++) {  // rebuild the chunk's states
+            const int64_t j = block * CHUNK + i;
             vec<T>* next = &history[(i + 1) * N];
             if (!NS) { std::copy(next - N, next, next); state = next; }
-            const vec<T> u = load<T>(at<IO>(p.u, s, t0 + i) + d, w);
-            y[i] = D_d * u + step<T, NS, EXACT>(state, u, eps[i], &keys.k[i * N], &keys.q[i * N], N);
+            dz[j] *= D_d * u[j] + step<T, NS, EXACT>(state, u[j], eps[j], &keys.k[i * N], &keys.q[i * N], N);
             if (NS) for (int n = 0; n < N; n++) next[n] = S[n];
           }
           vec<T> local[NS ? NS : 1], *G = NS ? local : &adjoint[block * N];
           if (NS) for (int n = 0; n < N; n++) G[n] = adjoint[block * N + n];
           for (int i = steps - 1; i >= 0; i--) {
-            const int64_t o_t = (token0 + i) * D + d;
+            const int64_t j = block * CHUNK + i;
             const T *k = &keys.k[i * N], *q = &keys.q[i * N];
             const vec<T> *before = &history[i * N], *after = before + N;
             vec<T> *dq = &sum_q[i * N], *dk = &sum_k[i * N];
-            const vec<T> u = load<T>(at<IO>(p.u, s, t0 + i) + d, w);
-            vec<T> dy = load<T>((const IO*)o.dout + o_t, w);
-            if (p.z.data) {
-              vec<T> z = load<T>(at<IO>(p.z, s, t0 + i) + d, w), sg = sigmoid<T>(z);
-              store<T>((IO*)o.dz + o_t, dy * y[i] * sg * (1 + z * (1 - sg)), w);
-              dy *= z * sg;
-            }
+            const vec<T> u_i = u[j], eps_i = eps[j], dy_i = dy[j];  // copies: the stores below might alias them
             vec<T> deps = {}, du = {};
             if (EXACT) {
               vec<T> read = {}, gk = {};
               #pragma GCC unroll 16
-              for (int n = 0; n < N; n++) { G[n] += dy * q[n]; gk += G[n] * k[n]; read += before[n] * k[n]; }
-              const vec<T> r = u - read;
+              for (int n = 0; n < N; n++) { G[n] += dy_i * q[n]; gk += G[n] * k[n]; read += before[n] * k[n]; }
+              const vec<T> r = u_i - read;
               #pragma GCC unroll 16
               for (int n = 0; n < N; n++) {
-                dq[n] += dy * after[n];
-                dk[n] += eps[i] * (G[n] * r - gk * before[n]);
-                G[n] -= (eps[i] * k[n]) * gk;
+                dq[n] += dy_i * after[n];
+                dk[n] += eps_i * (G[n] * r - gk * before[n]);
+                G[n] -= (eps_i * k[n]) * gk;
               }
               deps = gk * r; du = gk;
             } else {
               #pragma GCC unroll 16
               for (int n = 0; n < N; n++) {
-                const vec<T> g = G[n] + dy * q[n], gk = g * k[n], gr = g * (u - before[n] * k[n]);
+                const vec<T> g = G[n] + dy_i * q[n], gk = g * k[n], gr = g * (u_i - before[n] * k[n]);
                 deps += gr * k[n]; du += gk;
-                dq[n] += dy * after[n];
-                dk[n] += eps[i] * (gr - gk * before[n]);
-                G[n] = g - (eps[i] * k[n]) * gk;
+                dq[n] += dy_i * after[n];
+                dk[n] += eps_i * (gr - gk * before[n]);
+                G[n] = g - (eps_i * k[n]) * gk;
               }
             }
-            const vec<T> dx = deps * slope[i];
-            store<T>((IO*)o.du + o_t, du * eps[i] + D_d * dy, w);
-            store<T>((IO*)o.ddt + o_t, dx, w);
-            sum_k2[i] -= deps * (eps[i] * eps[i]);  // d eps / d Σk²
-            sum_D[block] += dy * u;
-            sum_bias[block] += dx;
+            sum_k2[i] -= deps * (eps_i * eps_i);  // d eps / d Σk²
+            sum_D[block] += dy_i * u_i;
+            u[j] = du * eps_i + D_d * dy_i;  // from here on: its gradient
+            slope[j] *= deps;
+            sum_bias[block] += slope[j];
           }
           if (NS) for (int n = 0; n < N; n++) adjoint[block * N + n] = G[n];
+        }
+        for (int i = 0; i < steps; i++) for (int64_t d = d0; d < d1; d += W<T>) {
+          const int64_t w = std::min<int64_t>(W<T>, d1 - d), j = (d - d0) / W<T> * CHUNK + i, o_t = (token0 + i) * D + d;
+          store<T>((IO*)o.du + o_t, u[j], w);
+          store<T>((IO*)o.ddt + o_t, slope[j], w);
+          if (p.z.data) store<T>((IO*)o.dz + o_t, dz[j], w);
         }
         for (int i = 0; i < steps; i++) {
           const int64_t row = (g * p.n_tokens + token0 + i) * N;

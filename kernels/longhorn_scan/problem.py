@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 32  # steps between checkpointed states; cpu.cpp knows it too
+CHUNK = 16  # steps between checkpointed states; cpu.cpp knows it too
 
 
 class Inputs(NamedTuple):
