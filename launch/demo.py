@@ -8,6 +8,7 @@ Every stage is one of the project's own commands, printed before it runs.
 
 import argparse
 import lzma
+import os
 import shlex
 import shutil
 import subprocess
@@ -28,10 +29,13 @@ FOLDER = Path("demo")
 CORPUS, TOKENIZER, SHARDS = FOLDER / "corpus", FOLDER / "tokenizer.model", FOLDER / "shards"
 RUN, HF = FOLDER / "run", FOLDER / "hf"
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
+EVALUATED_TOKENS = 12 * max(CONTEXTS)  # of each document set: a minute on two cores
 PROMPT = "The state of the Union"
 SAMPLE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+disable_progress_bar()
 folder, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -59,10 +63,11 @@ def main() -> int:
     return 0
 
 
-def run(console: Console, title: str, *arguments: object) -> None:
+def run(console: Console, title: str, *arguments: object, threads: int = 1) -> None:
     """Run one of the project's modules, saying which. Raises CalledProcessError if it fails."""
     console.print(f"\n[bold]{title}[/bold]\n[dim]$ python -m {shlex.join(map(str, arguments))}[/dim]")
-    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, env=environment)
 
 
 def make_shards(console: Console) -> None:
@@ -90,8 +95,10 @@ def evaluate(console: Console) -> dict[str, Any]:
     folder = RUN / "evaluation" / (RUN / "latest").read_text()
     result = folder / "perplexity.json"
     if not result.exists():
-        options = ("--data", SHARDS / "validation", "--contexts", ",".join(map(str, CONTEXTS)))
-        run(console, "5. Perplexity against context", "pretrain.evaluate", RUN, *options)
+        contexts = ",".join(map(str, CONTEXTS))
+        options = ("--data", SHARDS / "validation", "--contexts", contexts, "--max-tokens", EVALUATED_TOKENS)
+        title, threads = "5. Perplexity against context", os.cpu_count() or 1
+        run(console, title, "pretrain.evaluate", RUN, *options, threads=threads)
     return orjson.loads(result.read_bytes()) | {"folder": str(folder)}
 
 

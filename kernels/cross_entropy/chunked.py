@@ -122,7 +122,10 @@ class _Plan:
         gradient = log_softmax.exp_().scatter_add_(1, index, log_softmax.new_full(index.shape, -1.0))
         if dlosses is not None:
             gradient *= dlosses.unsqueeze(1)
-        return gradient.masked_fill_(ignored.unsqueeze(1), 0).to(self.matmul_dtype)
+        # A pass over all logits that a CPU can skip by looking; a GPU would have to wait for the answer.
+        if not ignored.is_cpu or ignored.any():
+            gradient.masked_fill_(ignored.unsqueeze(1), 0)
+        return gradient.to(self.matmul_dtype)
 
 
 class _Gradients:
