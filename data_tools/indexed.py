@@ -34,9 +34,7 @@ class ShardWriter:
 
     def __init__(self, paths: ShardPaths, dtype: type[np.number]) -> None:
         self._final = (paths.bin, paths.idx)
-        self._temporary = tuple(
-            path.with_name(f"{path.name}.tmp{os.getpid()}") for path in self._final
-        )
+        self._temporary = tuple(path.with_name(f"{path.name}.tmp{os.getpid()}") for path in self._final)
         self._dtype = dtype
         self.builder = IndexedDatasetBuilder(str(self._temporary[0]), dtype=dtype)
 

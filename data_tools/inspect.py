@@ -41,12 +41,9 @@ def summary(manifest: Manifest, lengths: np.ndarray) -> list[str]:
     return [
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype}), "
         f"{len(manifest.sources)} source files",
-        f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} pieces, EOS {tokenizer.eos_id}, "
-        f"sha256 {tokenizer.sha256}",
-        f"document tokens: median {int(np.median(lengths)):,}, "
-        f"longest {lengths[longest]:,} (document {longest})",
-        f"left out: {manifest.empty_documents} empty documents, "
-        f"{len(manifest.bad_lines)} bad lines",
+        f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} pieces, EOS {tokenizer.eos_id}, sha256 {tokenizer.sha256}",
+        f"document tokens: median {int(np.median(lengths)):,}, longest {lengths[longest]:,} (document {longest})",
+        f"left out: {manifest.empty_documents} empty documents, {len(manifest.bad_lines)} bad lines",
         *manifest.bad_lines,
     ]
 
@@ -71,9 +68,7 @@ def inspect(prefix: str, samples: int, console: Console) -> None:
     chosen = np.linspace(0, manifest.documents - 1, min(samples, manifest.documents), dtype=int)
     for index in chosen.tolist():
         ids = dataset[index][:SAMPLE_TOKENS].tolist()
-        console.rule(
-            f"document {index}, its first {len(ids)} of {dataset.sequence_lengths[index]} tokens"
-        )
+        console.rule(f"document {index}, its first {len(ids)} of {dataset.sequence_lengths[index]} tokens")
         console.print(tokenizer.decode(ids), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -81,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 where shard and manifest differ."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="the shard's path without .bin or .idx")
-    parser.add_argument(
-        "--verify", action="store_true", help="recompute the hashes and check every token"
-    )
+    parser.add_argument("--verify", action="store_true", help="recompute the hashes and check every token")
     parser.add_argument(
         "--sample",
         type=int,

@@ -82,9 +82,7 @@ def worker_pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Link]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
 
 
-def make_parts(
-    jobs: list[PartJob], pool: ProcessPoolExecutor, link: Link
-) -> list[tuple[Part, bool]]:
+def make_parts(jobs: list[PartJob], pool: ProcessPoolExecutor, link: Link) -> list[tuple[Part, bool]]:
     """Make every job's part; returns in the jobs' order what :func:`make_part` does.
 
     Raises:

@@ -71,18 +71,14 @@ def file_kind(path: Path) -> str:
     for suffix in DECOMPRESSORS:
         if path.name.endswith(suffix):
             return suffix
-    raise ValueError(
-        f"{path}: not a kind of file that can be read; use one of {', '.join(DECOMPRESSORS)}"
-    )
+    raise ValueError(f"{path}: not a kind of file that can be read; use one of {', '.join(DECOMPRESSORS)}")
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """Files that match the globs, sorted and each once; ValueError names a glob without any."""
     found: set[Path] = set()
     for pattern in patterns:
-        matches = {
-            path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file()
-        }
+        matches = {path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file()}
         if not matches:
             raise ValueError(f"--input {pattern!r} matches no file")
         found |= matches
@@ -122,9 +118,7 @@ def _content(path: Path, on_bytes: Callable[[bytes], object]) -> Iterator[bytes]
         try:
             yield from raw if decompressor is None else _decompressed(raw, decompressor)
         except DAMAGE:
-            for _ in (
-                raw
-            ):  # so that on_bytes hears the whole file: a hash of half of it would match nothing
+            for _ in raw:  # so that on_bytes hears the whole file: a hash of half of it would match nothing
                 pass
             raise
 
@@ -169,14 +163,10 @@ def _parse(path: Path, number: int, line: bytes) -> Document | BadLine:
     except orjson.JSONDecodeError as error:
         return BadLine(str(path), number, _why_not_json(line, error))
     if not isinstance(record, dict):
-        return BadLine(
-            str(path), number, f"a JSON {type(record).__name__}, not an object with a `text`"
-        )
+        return BadLine(str(path), number, f"a JSON {type(record).__name__}, not an object with a `text`")
     text = record.get("text")
     if not isinstance(text, str):
-        found = (
-            f"`text` is {type(text).__name__}, not a string" if "text" in record else "no `text`"
-        )
+        found = f"`text` is {type(text).__name__}, not a string" if "text" in record else "no `text`"
         return BadLine(str(path), number, found)
     return Document(text, _set_name(record), number)
 

@@ -106,9 +106,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_durably(
-            path, orjson.dumps(self, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        )
+        write_durably(path, orjson.dumps(self, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -130,10 +128,7 @@ class Manifest:
             key = ".".join(map(str, first["loc"])) or "the file"
             raise ShardError(f"{path}: {key}: {first['msg']}") from error
         if manifest.format_version != FORMAT_VERSION:
-            raise ShardError(
-                f"{path}: format_version {manifest.format_version}, "
-                f"this code reads {FORMAT_VERSION}"
-            )
+            raise ShardError(f"{path}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}")
         return manifest
 
 
@@ -153,9 +148,7 @@ def open_shard(prefix: str | Path) -> "IndexedDataset":
     described = f"{manifest.documents} documents and {manifest.tokens} tokens"
     for path, size in sizes.items():
         if not path.is_file():
-            raise ShardError(
-                f"{path} is missing beside its manifest; run data_tools.tokenize again"
-            )
+            raise ShardError(f"{path} is missing beside its manifest; run data_tools.tokenize again")
         if (found := path.stat().st_size) != size:
             raise ShardError(f"{path} has {found} bytes; the manifest's {described} take {size}")
     # Importing it takes seconds, and reading a manifest must not cost them.
@@ -190,9 +183,7 @@ def verify_shard(prefix: str | Path) -> list[str]:
         paths.idx: manifest.idx_sha256,
         paths.tokenizer: manifest.tokenizer.sha256,
     }
-    problems = [
-        problem for path, sha256 in hashes.items() if (problem := _hash_problem(path, sha256))
-    ]
+    problems = [problem for path, sha256 in hashes.items() if (problem := _hash_problem(path, sha256))]
     try:
         dataset = open_shard(prefix)
     except ShardError as error:
@@ -222,11 +213,7 @@ def _token_problems(dataset: "IndexedDataset", manifest: Manifest) -> list[str]:
     if outside:
         problems.append(f"{outside} token ids are outside the vocabulary of {vocab_size}")
     if len(unended):
-        problems.append(
-            f"{len(unended)} documents do not end with EOS ({eos_id}), the first is {unended[0]}"
-        )
+        problems.append(f"{len(unended)} documents do not end with EOS ({eos_id}), the first is {unended[0]}")
     if eos_count != manifest.documents:
-        problems.append(
-            f"EOS ({eos_id}) occurs {eos_count} times in {manifest.documents} documents"
-        )
+        problems.append(f"EOS ({eos_id}) occurs {eos_count} times in {manifest.documents} documents")
     return problems

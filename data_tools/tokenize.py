@@ -80,8 +80,7 @@ def tokenize(
     with _work_folder(paths) as folder:
         merged = ShardPaths.of(folder / "merged")
         jobs = [
-            PartJob(path, folder / _part_name(path), tokenizer_source, tokenizer.sha256, skip_bad)
-            for path in files
+            PartJob(path, folder / _part_name(path), tokenizer_source, tokenizer.sha256, skip_bad) for path in files
         ]
         with worker_pool(min(workers, len(jobs))) as (pool, link):
             made = make_parts(jobs, pool, link)
@@ -101,9 +100,7 @@ def tokenize(
     )
 
 
-def _publish(
-    merged: ShardPaths, paths: ShardPaths, tokenizer: Tokenizer, manifest: Manifest
-) -> None:
+def _publish(merged: ShardPaths, paths: ShardPaths, tokenizer: Tokenizer, manifest: Manifest) -> None:
     # The manifest goes first and comes last: at no time does it stand beside files it doesn't mean.
     paths.manifest.unlink(missing_ok=True)
     replace_durably(merged.bin, paths.bin)
@@ -118,9 +115,7 @@ def _finished(
     """The shard's manifest if it is what would be made; ShardError if another is in the way."""
     if not paths.manifest.exists():
         if paths.bin.exists() and not overwrite and not _parts_folder(paths).exists():
-            raise ShardError(
-                f"{paths.bin} is there without a manifest: not made here; --overwrite replaces it"
-            )
+            raise ShardError(f"{paths.bin} is there without a manifest: not made here; --overwrite replaces it")
         return None
     try:
         manifest = Manifest.read(paths.manifest)
@@ -130,10 +125,7 @@ def _finished(
     if not difference:
         return manifest
     if not overwrite:
-        raise ShardError(
-            f"{paths.manifest}: there is a shard that differs: {difference}; "
-            "--overwrite replaces it"
-        )
+        raise ShardError(f"{paths.manifest}: there is a shard that differs: {difference}; --overwrite replaces it")
     return None
 
 
@@ -143,9 +135,7 @@ def _difference(
     if missing := [path for path in (paths.bin, paths.idx, paths.tokenizer) if not path.is_file()]:
         return f"{missing[0]} is missing"
     if manifest.tokenizer.sha256 != tokenizer.sha256:
-        return (
-            f"made with another tokenizer ({manifest.tokenizer.name}, {manifest.tokenizer.sha256})"
-        )
+        return f"made with another tokenizer ({manifest.tokenizer.name}, {manifest.tokenizer.sha256})"
     if len(manifest.bad_lines) > skip_bad:
         return f"{len(manifest.bad_lines)} bad lines were skipped, --skip-bad allows {skip_bad}"
     if len(manifest.sources) != len(files):
@@ -187,9 +177,7 @@ def _merge(parts: list[Path], paths: ShardPaths, vocab_size: int) -> TokenType:
     return merge_shards(parts, paths, vocab_size)
 
 
-def _manifest(
-    parts: list[Part], paths: ShardPaths, tokenizer: Tokenizer, dtype: TokenType
-) -> Manifest:
+def _manifest(parts: list[Part], paths: ShardPaths, tokenizer: Tokenizer, dtype: TokenType) -> Manifest:
     sets: dict[str, Counts] = {}
     for part in parts:
         for name, counts in part.sets.items():
@@ -204,9 +192,7 @@ def _manifest(
         empty_documents=sum(part.empty_documents for part in parts),
         bad_lines=[line for part in parts for line in part.bad_lines],
         dtype=dtype,
-        tokenizer=TokenizerRecord(
-            tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id
-        ),
+        tokenizer=TokenizerRecord(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id),
         bin_sha256=sha256_file(paths.bin),
         idx_sha256=sha256_file(paths.idx),
         sources=[part.source for part in parts],
@@ -215,9 +201,7 @@ def _manifest(
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_tools.tokenize", description=__doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="globs of .jsonl, .jsonl.gz, .jsonl.zst files"
-    )
+    parser.add_argument("--input", nargs="+", required=True, help="globs of .jsonl, .jsonl.gz, .jsonl.zst files")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file, or `mistral`")
     parser.add_argument(
         "--output",
@@ -225,9 +209,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PREFIX",
         help="writes PREFIX.bin, .idx, .manifest.json, …",
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument(
         "--skip-bad",
         type=int,
@@ -235,9 +217,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="leave out up to N bad lines (default 0)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a shard made of something else"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a shard made of something else")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")
@@ -249,9 +229,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _report(outcome: Outcome, prefix: str, seconds: float) -> str:
     manifest = outcome.manifest
     megabytes = manifest.text_bytes / 1e6
-    size = (
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {megabytes:,.1f} MB of text"
-    )
+    size = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {megabytes:,.1f} MB of text"
     if not outcome.tokenized and not outcome.reused:
         return f"{prefix}: already complete ({size}); nothing to do"
     return (

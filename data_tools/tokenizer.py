@@ -43,9 +43,7 @@ class Tokenizer:
         except RuntimeError as error:
             raise TokenizerError(f"{path}: not a SentencePiece model") from error
         if processor.eos_id() < 0:
-            raise TokenizerError(
-                f"{path}: has no EOS piece, which must end every document; train it with an eos_id"
-            )
+            raise TokenizerError(f"{path}: has no EOS piece, which must end every document; train it with an eos_id")
         name = MISTRAL if str(source) == MISTRAL else path.name
         return cls(name, hashlib.sha256(serialized).hexdigest(), serialized, processor)
 

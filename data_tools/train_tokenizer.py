@@ -49,9 +49,7 @@ def train_tokenizer(files: list[Path], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"--vocab-size {vocab_size} can't be made of this text: {error}"
-        ) from error
+        raise ValueError(f"--vocab-size {vocab_size} can't be made of this text: {error}") from error
     return model.getvalue()
 
 
@@ -65,21 +63,15 @@ def _lines(files: list[Path]) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the process's exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.train_tokenizer", description=__doc__
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="globs of .jsonl, .jsonl.gz, .jsonl.zst files"
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_tools.train_tokenizer", description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="globs of .jsonl, .jsonl.gz, .jsonl.zst files")
     parser.add_argument(
         "--vocab-size",
         type=int,
         required=True,
         help="pieces, the 256 bytes and 3 specials included",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="model file to write"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="model file to write")
     arguments = parser.parse_args(argv)
     try:
         files = find_files(arguments.input)

@@ -17,10 +17,19 @@ from pathlib import Path
 
 # Not -ffast-math: it would treat NaN as impossible (a diverged run must show NaN, not hide it) and, when
 # linking a shared object, old GCCs switch the whole process to flush-to-zero.
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-ffp-contract=fast -Wno-psabi -shared -fPIC"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+]
 
 
 def cache_dir() -> Path:
@@ -36,19 +45,21 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     Returns None, after one warning that says why and what it costs, where no compiler is found or
     compilation fails: every op that calls this has a path in plain torch.
     """
-    compiler = _find_compiler()
+    compiler = find_compiler()
     if compiler is None:
-        return _without(source, "no C++ compiler (g++ or clang++, or $CXX) was found")
+        _warn(source, "no C++ compiler (g++ or clang++, or $CXX) was found")
+        return None
     library = cache_dir() / f"{source.stem}-{_cache_key(source, compiler)}.so"
     try:
         if not library.exists():
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
-        return _without(source, getattr(error, "stderr", None) or str(error))
+        _warn(source, getattr(error, "stderr", None) or str(error))
+        return None
 
 
-def _without(source: Path, reason: str) -> None:
+def _warn(source: Path, reason: str) -> None:
     warnings.warn(
         f"{source.name} could not be built, the plain torch path runs instead (a Longhorn scan is about "
         f"6 times slower on it): {reason.strip()}",
@@ -57,7 +68,7 @@ def _without(source: Path, reason: str) -> None:
     )
 
 
-def _find_compiler() -> str | None:
+def find_compiler() -> str | None:
     candidates = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 

@@ -1,4 +1,4 @@
-"""The whole path on a real corpus: text → shards → training on two processes → perplexity vs context → Hugging Face → text.
+"""The whole path on a real corpus: text → shards → training → perplexity vs context → Hugging Face → text.
 
     make demo             what is done already is reused, an interrupted training resumes
     make demo FRESH=1     start over
@@ -40,7 +40,8 @@ folder, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 torch.manual_seed(0)
-ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=120, do_sample=True, temperature=0.8, top_k=50)
+inputs = tokenizer(prompt, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.8, top_k=50)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 

@@ -1,6 +1,7 @@
 """The Longhorn mixer: projections and a short convolution around the scan (arXiv 2407.14207, figure 1)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,12 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: Tensor | None = None) -> Tensor:
         """SiLU(conv(x)) for x (batch, seqlen, channels); `state` (batch, channels, width − 1) is updated in place."""
         if state is None:
             return causal_conv1d(x, self.weight, self.bias, activation="silu", cu_seqlens=cu_seqlens)
         if x.shape[1] == 1:
-            return causal_conv1d_step(
-                state, x.squeeze(1), self.weight, self.bias, activation="silu"
-            ).unsqueeze(1)
+            return causal_conv1d_step(state, x.squeeze(1), self.weight, self.bias, activation="silu").unsqueeze(1)
         out, final = causal_conv1d(
             x, self.weight, self.bias, activation="silu", initial_state=state, return_final_state=True
         )
@@ -86,15 +83,13 @@ class LonghornMixer(nn.Module):
         cu_seqlens: Tensor | None,
         state: LonghornState | None,
     ) -> Tensor:
-        options = {"D": self.D, "dt_bias": self.dt_bias, "update": self.update}
+        options: dict[str, Any] = {"D": self.D, "dt_bias": self.dt_bias, "update": self.update}
         if state is None:
             return longhorn_scan(u, dt, q, k, z=z, cu_seqlens=cu_seqlens, **options)
         if u.shape[1] == 1:
             u, dt, q, k, z = (t.squeeze(1) for t in (u, dt, q, k, z))
             return longhorn_step(state.scan, u, dt, q, k, z=z, **options).unsqueeze(1)
-        y, final = longhorn_scan(
-            u, dt, q, k, z=z, initial_state=state.scan, return_final_state=True, **options
-        )
+        y, final = longhorn_scan(u, dt, q, k, z=z, initial_state=state.scan, return_final_state=True, **options)
         state.scan.copy_(final)
         return y
 

@@ -52,9 +52,7 @@ class LMHead(nn.Module):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits[..., self.vocab_size :] = -torch.inf
             return logits
-        return linear_cross_entropy(
-            hidden, self.weight, targets, vocab_size=self.vocab_size, reduction=reduction
-        )
+        return linear_cross_entropy(hidden, self.weight, targets, vocab_size=self.vocab_size, reduction=reduction)
 
 
 @dataclass

@@ -175,9 +175,7 @@ def compare(config: Config, context: int, tokens: int, steps: int) -> Comparison
         name: _try_training(name, model, config, next(batches(config, context, batch)))
         for name, model in models.items()
     }
-    runs = {
-        name: _train_step(model, config, batches(config, context, batch)) for name, model in models.items()
-    }
+    runs = {name: _train_step(model, config, batches(config, context, batch)) for name, model in models.items()}
     parameters = {name: _count(model.model) for name, model in models.items()}
     return Comparison(context, batch, parameters, losses, take_turns(runs, steps, CPU))
 
@@ -186,9 +184,7 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _try_training(
-    name: str, contender: Contender, config: Config, batch: tuple[Tensor, Tensor]
-) -> tuple[float, float]:
+def _try_training(name: str, contender: Contender, config: Config, batch: tuple[Tensor, Tensor]) -> tuple[float, float]:
     step = _train_step(contender, config, iter([batch] * TRIAL_STEPS))
     with torch.no_grad():
         before = contender.loss(*batch).item()
@@ -248,9 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config)
         record = provenance(CPU, "transformers")
-        comparisons = [
-            compare(config, context, options.tokens_per_step, options.steps) for context in options.contexts
-        ]
+        comparisons = [compare(config, context, options.tokens_per_step, options.steps) for context in options.contexts]
     except (NotTraining, ConfigError, FileNotFoundError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1 if isinstance(error, NotTraining) else 2

@@ -270,7 +270,7 @@ def load(engine: ZeroEngine, mesh: Mesh, folder: Path, identity: dict[str, Any])
 
 
 def _read_fragment(reader: _Reader, mesh: Mesh, sharding: Sharding, fragment: Fragment, kind: str) -> Tensor:
-    """[numel] of the parameter's part on this tensor rank; the whole is put together only where it was cut otherwise."""
+    """[numel] of the parameter's part on this tensor rank; the whole is read only where it was cut otherwise."""
     name, manifest = fragment.name, reader.manifest
     if manifest.parameters[name] == sharding:
         rank = 0 if sharding.dim is None else mesh.tensor_rank

@@ -189,7 +189,7 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:
-        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_suggestion(base, error.full_key)}") from None
+        raise ConfigError(f"{source}: unknown key {error.full_key!r}{_suggestion(base, str(error.full_key))}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {error.msg or error}".splitlines()[0]) from None
 

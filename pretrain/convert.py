@@ -147,9 +147,7 @@ def hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Export
     """The config of the shipped code. Raises ConversionError for a mixer that it doesn't know."""
     mixer = config.mixer
     if not isinstance(mixer, LonghornConfig):
-        raise ConversionError(
-            f"model.mixer.name: {mixer.name!r} has no code for transformers; 'longhorn' has"
-        )
+        raise ConversionError(f"model.mixer.name: {mixer.name!r} has no code for transformers; 'longhorn' has")
     return ExportConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
@@ -177,15 +175,11 @@ def hf_weights(model: LanguageModel) -> dict[str, Tensor]:
     return weights
 
 
-def to_hf_model(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
-) -> LonghornForCausalLM:
+def to_hf_model(model: LanguageModel, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> LonghornForCausalLM:
     """The same model in the shipped code's classes, on the model's device."""
     with torch.device("meta"):  # no time for an initialisation that is overwritten
         exported = LonghornForCausalLM(hf_config(model.config, tokenizer))
-    weights = {
-        name: weight.to(_file_dtype(name, dtype)) for name, weight in hf_weights(model).items()
-    }
+    weights = {name: weight.to(_file_dtype(name, dtype)) for name, weight in hf_weights(model).items()}
     exported.load_state_dict(weights, assign=True)
     exported.tie_weights()
     return exported.eval()
@@ -226,9 +220,7 @@ def check_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> fl
     ids = torch.tensor(tokenizer.encode(text.read_bytes().decode())[:CHECKED_TOKENS])
     if not torch.equal(found["ids"], ids):
         raise ConversionError("the written tokenizer gives other ids than SentencePiece")
-    expected = model(ids[None].to(model.embedding.weight.device))[
-        0, :, : model.config.vocab_size
-    ].cpu()
+    expected = model(ids[None].to(model.embedding.weight.device))[0, :, : model.config.vocab_size].cpu()
     if found["logits"].shape != expected.shape:
         shapes = tuple(found["logits"].shape), tuple(expected.shape)
         raise ConversionError("the written model's logits are {}, not {}".format(*shapes))
@@ -269,9 +261,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ConversionError(f"{destination} exists; --overwrite replaces an earlier export")
     if not (destination / "config.json").is_file():
-        raise ConversionError(
-            f"{destination} is no earlier export (it has no config.json) and is left alone"
-        )
+        raise ConversionError(f"{destination} is no earlier export (it has no config.json) and is left alone")
 
 
 @contextmanager
@@ -297,9 +287,7 @@ def _new_folder(destination: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _card(
-    loaded: LoadedModel, name: str, parameters: int, dtype: torch.dtype, difference: float
-) -> str:
+def _card(loaded: LoadedModel, name: str, parameters: int, dtype: torch.dtype, difference: float) -> str:
     return CARD.format(
         name=name,
         parameters=parameters,
@@ -336,9 +324,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     to_hf.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
     to_hf.add_argument("--tokenizer", metavar="FILE", help="default: the training shard's copy")
-    to_hf.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the matrices: %(default)s"
-    )
+    to_hf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices: %(default)s")
     to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser.parse_args(arguments)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,11 +87,9 @@ class TrainingData:
             create_attention_mask=False,
         )
         documents = np.arange(len(shard), dtype=np.int32)
-        return GPTDataset(
-            shard, self.config.data.train, documents, self.num_samples, Split.train, dataset_config
-        )
+        return GPTDataset(shard, self.config.data.train, documents, self.num_samples, Split.train, dataset_config)
 
-    def micro_batches(self, step: int) -> list[dict[str, Tensor | None]]:
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """This data-parallel rank's micro-batches of step `step` (from 0): what the model's forward takes.
 
         Micro-batch i of rank r holds samples (i·ranks + r)·micro_batch_size … of the step's global batch.
@@ -103,7 +102,7 @@ class TrainingData:
             batches.append(self._batch(range(start, start + train.micro_batch_size)))
         return batches
 
-    def _batch(self, samples: range) -> dict[str, Tensor | None]:
+    def _batch(self, samples: range) -> dict[str, Any]:
         items = [self.dataset[i] for i in samples]
         input_ids = torch.stack([item["tokens"] for item in items])
         masks = torch.stack([item["loss_mask"] for item in items])
@@ -133,7 +132,7 @@ def token_stream(prefix: str) -> np.ndarray:
 
 
 def windows(stream: np.ndarray, context: int, indices: range) -> tuple[Tensor, Tensor]:
-    """(input_ids, targets), each (len(indices), context) int64: window i reads tokens i·context … and predicts the next.
+    """(input_ids, targets), each (len(indices), context) int64; window i reads from token i·context on.
 
     Windows do not overlap and every target is the token after its input, so that the same targets are scored
     whatever the context.

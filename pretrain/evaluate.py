@@ -60,9 +60,7 @@ class ContextResult:
 
     @property
     def perplexity(self) -> float:
-        return (
-            torch.tensor(self.loss, dtype=torch.float64).exp().item()
-        )  # inf, where math.exp raises
+        return torch.tensor(self.loss, dtype=torch.float64).exp().item()  # inf, where math.exp raises
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """`text_bytes`: how much text the targets are (see `count_text_bytes`); NaN for none."""
@@ -135,13 +133,11 @@ def count_targets(stream_tokens: int, contexts: Sequence[int]) -> int:
     for context in contexts:
         if context < 1 or largest % context:
             raise EvaluationError(
-                f"context {context} does not divide the largest, {largest}: "
-                "the same tokens could not be scored at both"
+                f"context {context} does not divide the largest, {largest}: the same tokens could not be scored at both"
             )
     if stream_tokens <= largest:
         raise EvaluationError(
-            f"{stream_tokens:,} tokens are too few for a context of {largest:,} tokens "
-            "and the target after them"
+            f"{stream_tokens:,} tokens are too few for a context of {largest:,} tokens and the target after them"
         )
     return (stream_tokens - 1) // largest * largest
 
@@ -213,9 +209,7 @@ class SetResult:
         ]
 
 
-def document_sets(
-    prefix: str, contexts: Sequence[int], max_tokens: int | None
-) -> list[DocumentSet]:
+def document_sets(prefix: str, contexts: Sequence[int], max_tokens: int | None) -> list[DocumentSet]:
     """All documents of a shard and, where they fill the largest context, the long ones alone.
 
     Raises:
@@ -241,9 +235,7 @@ def document_sets(
     ]
 
 
-def _cut(
-    name: str, documents: int, stream: np.ndarray, contexts: Sequence[int], max_tokens: int | None
-) -> DocumentSet:
+def _cut(name: str, documents: int, stream: np.ndarray, contexts: Sequence[int], max_tokens: int | None) -> DocumentSet:
     if max_tokens is not None:
         stream = stream[: max_tokens + 1]
     return DocumentSet(name, documents, stream[: count_targets(len(stream), contexts) + 1])
@@ -334,13 +326,9 @@ def write_report(output: Path, sets: Sequence[SetResult], made_of: dict[str, Any
     writer.writeheader()
     writer.writerows(rows)
     described = [
-        {"name": s.name, "documents": s.documents, "text_bytes": s.text_bytes, "contexts": s.rows()}
-        for s in sets
+        {"name": s.name, "documents": s.documents, "text_bytes": s.text_bytes, "contexts": s.rows()} for s in sets
     ]
-    points = {
-        f"{s.name} ({s.documents:,} documents)": [(r.context, r.perplexity) for r in s.contexts]
-        for s in sets
-    }
+    points = {f"{s.name} ({s.documents:,} documents)": [(r.context, r.perplexity) for r in s.contexts] for s in sets}
     title = f"step {made_of['step']:,}, {made_of['consumed_tokens']:,} tokens"
     contents = {
         "perplexity.json": orjson.dumps(made_of | {"sets": described}, option=orjson.OPT_INDENT_2),
@@ -361,9 +349,7 @@ def show(sets: Sequence[SetResult], console: Console) -> None:
         table.add_column(name, justify="right")
     for found in sets:
         for row in found.rows():
-            numbers = (
-                f"{row[key]:.4f}" for key in ("perplexity", "loss", "bits_per_byte", "ratio")
-            )
+            numbers = (f"{row[key]:.4f}" for key in ("perplexity", "loss", "bits_per_byte", "ratio"))
             table.add_row(found.name, f"{row['context']:,}", *numbers)
         table.add_section()
     console.print(table, highlight=False)
@@ -389,9 +375,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's"
-    )
+    parser.add_argument("checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's")
     parser.add_argument("--data", required=True, metavar="PREFIX", help="validation shard")
     parser.add_argument(
         "--contexts",
@@ -420,26 +404,18 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tokens of a window in one forward pass: %(default)s",
     )
-    parser.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="score at most so many of each set"
-    )
-    parser.add_argument(
-        "--device", choices=devices, default=devices[-1], help="default: %(default)s"
-    )
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="score at most so many of each set")
+    parser.add_argument("--device", choices=devices, default=devices[-1], help="default: %(default)s")
     return parser.parse_args(arguments)
 
 
 def evaluate(parsed: argparse.Namespace, console: Console) -> None:
     """What the command does, from its arguments to its files."""
-    sets = document_sets(
-        parsed.data, parsed.contexts, parsed.max_tokens
-    )  # refuses before a model is read
+    sets = document_sets(parsed.data, parsed.contexts, parsed.max_tokens)  # refuses before a model is read
     loaded = load_model(parsed.checkpoint, torch.device(parsed.device))
     tokenizer = matching_tokenizer(loaded, parsed.data)
     contexts = sorted(set(parsed.contexts))
-    results = evaluate_sets(
-        loaded.model, sets, tokenizer, contexts, parsed.batch_tokens, parsed.chunk
-    )
+    results = evaluate_sets(loaded.model, sets, tokenizer, contexts, parsed.batch_tokens, parsed.chunk)
     run_dir = loaded.path.parent.parent
     output = parsed.output or run_dir / "evaluation" / step_name(loaded.step)
     written = write_report(output, results, provenance(loaded, parsed.data, parsed))

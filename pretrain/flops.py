@@ -36,9 +36,7 @@ def matmul_parameters_per_layer(model: ModelConfig) -> int:
     """
     mixer = _longhorn(model)
     d_inner, dt_rank = mixer.expand * model.d_model, mixer.resolved_dt_rank(model.d_model)
-    projections = (
-        3 * model.d_model + (dt_rank + 2 * mixer.d_state) + dt_rank
-    )  # in and out, x_proj, dt_head
+    projections = 3 * model.d_model + (dt_rank + 2 * mixer.d_state) + dt_rank  # in and out, x_proj, dt_head
     return d_inner * projections
 
 
@@ -81,7 +79,5 @@ def _scan_elements(model: ModelConfig) -> int:
 
 def _longhorn(model: ModelConfig) -> LonghornConfig:
     if not isinstance(model.mixer, LonghornConfig):
-        raise ValueError(
-            f"model.mixer.name: the FLOPs of {model.mixer.name!r} are not counted; longhorn's are"
-        )
+        raise ValueError(f"model.mixer.name: the FLOPs of {model.mixer.name!r} are not counted; longhorn's are")
     return model.mixer

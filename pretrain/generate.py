@@ -93,9 +93,7 @@ def tokenizer_file(loaded: LoadedModel, given: str | None) -> Path:
     """
     path = resolve_tokenizer(given or ShardPaths.of(loaded.config.data.train).tokenizer)
     if given is None and not path.is_file():
-        raise TokenizerError(
-            f"{path}: the training shard's tokenizer isn't there; name a copy with --tokenizer"
-        )
+        raise TokenizerError(f"{path}: the training shard's tokenizer isn't there; name a copy with --tokenizer")
     if (found := Tokenizer.load(path).sha256) != loaded.tokenizer["sha256"]:
         raise TokenizerError(
             f"{path}: its sha256 is {found}, but {loaded.path} was trained with "
@@ -127,9 +125,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's"
-    )
+    parser.add_argument("checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's")
     parser.add_argument(
         "--prompt",
         required=True,
@@ -138,9 +134,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="may be given several times",
     )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most: %(default)s")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest token; %(default)s"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token; %(default)s")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
     parser.add_argument(
         "--top-p",
@@ -151,9 +145,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of every prompt: %(default)s")
     parser.add_argument("--tokenizer", metavar="FILE", help="default: the training shard's copy")
-    parser.add_argument(
-        "--device", choices=devices, default=devices[-1], help="default: %(default)s"
-    )
+    parser.add_argument("--device", choices=devices, default=devices[-1], help="default: %(default)s")
     parsed = parser.parse_args(arguments)
     if parsed.tokens < 0:
         parser.error(f"--tokens {parsed.tokens}: must not be negative")

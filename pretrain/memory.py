@@ -91,9 +91,7 @@ def block_activation_bytes(model: ModelConfig, precision: str, tensor: int) -> f
     """
     mixer = model.mixer
     if not isinstance(mixer, LonghornConfig):
-        raise ValueError(
-            f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are"
-        )
+        raise ValueError(f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are")
     width = FP32 if precision == "fp32" else BF16
     # Residual, 1/rms and in_proj's input; dt_low, k, q: all whole on every rank.
     whole = FP32 * (model.d_model + 1) + width * model.d_model

@@ -48,7 +48,7 @@ class MetricsLog:
             project="longhorn",
             name=self.run_dir.name,
             dir=self.run_dir,
-            mode=self.config.log.wandb,
+            mode=self.config.log.wandb,  # type: ignore[arg-type]  # checked by config.validate
             config=config_to_dict(self.config),
             settings=wandb.Settings(console="off", silent=True),
         )

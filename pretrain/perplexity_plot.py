@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 
-def draw_perplexity(
-    series: Mapping[str, Sequence[tuple[int, float]]], training_context: int, title: str
-) -> bytes:
+def draw_perplexity(series: Mapping[str, Sequence[tuple[int, float]]], training_context: int, title: str) -> bytes:
     """A PNG with a line per set of documents: (context in tokens, perplexity) points, log₂ x axis.
 
     A vertical line marks the context that the model was trained at. Infinite or NaN perplexities

@@ -307,14 +307,8 @@ def check_memory(plan: Plan) -> None:
         return
     size, options = _gib(sum(plan.memory().values())), plan.options
     helps = remedies(plan)
-    advice = (
-        "what fits: " + "; or ".join(helps)
-        if helps
-        else "no setting fits: more GPUs, or larger ones"
-    )
-    raise ConfigError(
-        f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}"
-    )
+    advice = "what fits: " + "; or ".join(helps) if helps else "no setting fits: more GPUs, or larger ones"
+    raise ConfigError(f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -322,9 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.plan", description=DESCRIPTION)
     parser.add_argument("config", help="YAML file, like launch/configs/1p3b.yaml")
     own = ", ".join(f"{f.name}={f.default}" for f in fields(PlanOptions))
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}")
     parsed = parser.parse_args(arguments)
     try:
         options, overrides = split_overrides(parsed.overrides)

@@ -90,8 +90,8 @@ class Trainer:
         Raises TrainingError where the loss or the gradient is not finite: nothing of that step is saved.
         """
         batches = self.data.micro_batches(self.progress.step)
-        n_targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
-        [n_targets] = self.mesh.all_reduce([n_targets])
+        local_targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
+        [n_targets] = self.mesh.all_reduce([float(local_targets)])
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(batches):
             total += self.engine.forward_backward(batch, n_targets)
@@ -175,7 +175,7 @@ class ValidationLoss:
         size = self.config.train.micro_batch_size
         # Every rank runs the same number of forwards: ZeRO-3 gathers parameters in each.
         rounds = max(1, self.count // (size * self.mesh.data_size))
-        total, scored = 0.0, 0
+        total, scored = 0.0, 0.0
         with engine.evaluating() as model:
             for i in range(rounds):
                 start = (i * self.mesh.data_size + self.mesh.data_rank) * size
@@ -183,5 +183,5 @@ class ValidationLoss:
                 ids, targets = windows(self.stream, self.config.data.seqlen, indices)
                 total += float(model(ids.to(self.mesh.device), targets.to(self.mesh.device)))
                 scored += targets.numel()
-        total, scored = self.mesh.all_reduce([total, float(scored)])
+        total, scored = self.mesh.all_reduce([total, scored])
         return total / scored

@@ -11,6 +11,10 @@ from data_tools.train_tokenizer import train_tokenizer
 TEXT = Path(__file__).parent / "data" / "sotu_small.jsonl"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-golden", action="store_true", help="write tests/golden/losses.json anew")
+
+
 @dataclass(frozen=True)
 class Shard:
     """A tokenizer of 512 pieces trained on the suite's text, and the text as a shard."""

@@ -87,8 +87,7 @@ def _scan_case() -> Case:
 
 def _threads_case() -> Case:
     variants = {
-        f"C++, {n} thread{'s' * (n > 1)}": Variant(_scan_cpp, _scan_oracle("diagonal"), threads=n)
-        for n in (1, 2)
+        f"C++, {n} thread{'s' * (n > 1)}": Variant(_scan_cpp, _scan_oracle("diagonal"), threads=n) for n in (1, 2)
     }
     return Case(
         "the C++ walk on one core and on two",
@@ -102,9 +101,7 @@ def _threads_case() -> Case:
 
 def _scan_cuda_case() -> Case:
     variants = {
-        name: Variant(
-            partial(longhorn_scan, backend="triton", update=update), _scan_oracle(update), torch.bfloat16
-        )
+        name: Variant(partial(longhorn_scan, backend="triton", update=update), _scan_oracle(update), torch.bfloat16)
         for name, update in {"Triton": "diagonal", "Triton exact": "exact"}.items()
     }
     shape = {"batch": 8, "seqlen": 2048, "d_inner": 4096, "d_state": 16}
@@ -203,7 +200,4 @@ def _loss_case() -> Case:
 
 
 def _normal(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: torch.randn(shape, generator=generator, device=generator.device)
-        for name, shape in shapes.items()
-    }
+    return {name: torch.randn(shape, generator=generator, device=generator.device) for name, shape in shapes.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.cpp import FLAGS, _find_compiler
+from kernels.cpp import FLAGS, find_compiler
 
 ROOT = Path(__file__).parents[2]
 # Records themselves: running a benchmark again does not make the code another one.
@@ -76,7 +76,7 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _compiler_version() -> str | None:
-    compiler = _find_compiler()
+    compiler = find_compiler()
     return None if compiler is None else (_output(compiler, "--version") or "").partition("\n")[0]
 
 

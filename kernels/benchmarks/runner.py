@@ -96,9 +96,7 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 def _inputs(case: Case, variant: Variant, device: torch.device, *, small: bool) -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     drawn = case.draw(case.check_shape if small else case.shape, generator)
-    return {
-        name: t.to(variant.dtype) if t.is_floating_point() and t.dim() > 1 else t for name, t in drawn.items()
-    }
+    return {name: t.to(variant.dtype) if t.is_floating_point() and t.dim() > 1 else t for name, t in drawn.items()}
 
 
 def _outputs_and_gradients(op: Op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -76,6 +76,5 @@ class _Stopwatch:
             torch.cuda.synchronize()
         laps = zip(self._stamps, self._stamps[1:], strict=False)
         return {
-            phase: start.elapsed_time(end) if self._cuda else (end - start) * 1e3
-            for (_, start), (phase, end) in laps
+            phase: start.elapsed_time(end) if self._cuda else (end - start) * 1e3 for (_, start), (phase, end) in laps
         }

@@ -118,20 +118,15 @@ def _backend(name: str, device: torch.device):
     return backends[name]
 
 
-def _check_operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *, dims: int
-) -> None:
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *, dims: int) -> None:
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {activation!r}")
     if x.dim() != dims or not x.is_floating_point():
         raise ValueError(
-            f"x must be floating point with {dims} dimensions, d_inner last; "
-            f"it is {x.dtype} of shape {tuple(x.shape)}"
+            f"x must be floating point with {dims} dimensions, d_inner last; it is {x.dtype} of shape {tuple(x.shape)}"
         )
     if weight.dim() != 2 or weight.shape[0] != x.shape[-1] or weight.shape[1] < 1:
-        raise ValueError(
-            f"weight must be (d_inner, d_conv) = ({x.shape[-1]}, ≥ 1), not {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must be (d_inner, d_conv) = ({x.shape[-1]}, ≥ 1), not {tuple(weight.shape)}")
     if bias is not None:
         _check_shape("bias", bias, x.shape[-1:])
 

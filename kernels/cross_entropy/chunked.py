@@ -79,9 +79,7 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"hidden and weight need one dtype outside of autocast, not {hidden.dtype} and {weight.dtype}"
-        )
+        raise ValueError(f"hidden and weight need one dtype outside of autocast, not {hidden.dtype} and {weight.dtype}")
     return hidden.dtype
 
 
@@ -131,9 +129,7 @@ class _Plan:
 class _Gradients:
     """The gradients of hidden and weight (None where not needed), filled chunk by chunk."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, plan: _Plan, needs_hidden: bool, needs_weight: bool
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, plan: _Plan, needs_hidden: bool, needs_weight: bool) -> None:
         tokens = hidden.reshape(-1, hidden.shape[-1])
         self.hidden = torch.empty_like(tokens) if needs_hidden else None
         self.weight = weight.new_zeros(weight.shape, dtype=plan.sum_dtype) if needs_weight else None

@@ -26,9 +26,7 @@ def cross_entropy(
     return losses.view(targets.shape)
 
 
-def check_targets(
-    targets: Tensor, shape: torch.Size, vocab_size: int, padded_vocab: int, ignore_index: int
-) -> None:
+def check_targets(targets: Tensor, shape: torch.Size, vocab_size: int, padded_vocab: int, ignore_index: int) -> None:
     """Raise ValueError unless targets are int64 of `shape` in [0, vocab_size) or ignore_index.
 
     Values are looked at on the CPU only: elsewhere that would wait for the device.

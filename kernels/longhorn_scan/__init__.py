@@ -100,9 +100,7 @@ def _check(u, dt, q, k, D, dt_bias, z, initial_state, cu_seqlens, update, backen
 
 def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be int32 (n_seq + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"cu_seqlens must be int32 (n_seq + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs documents into a batch of 1, got batch {batch}")
     if cu_seqlens.is_cuda:

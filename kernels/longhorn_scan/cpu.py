@@ -4,6 +4,8 @@ autograd's own record of the loop over time would keep every state (B·L·D·N n
 state in CHUNK steps and rebuild the others in the backward (formulas: DESIGN §2).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,19 @@ def cpu_scan(
     """`longhorn_scan`'s contract after its checks; always returns (out, final state)."""
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     stream_dtype = u.dtype if u.dtype in cpu_cpp.DTYPES else torch.float32
-    streams = (None if t is None else t.to(stream_dtype) for t in (u, dt, q, k, z))
-    u_, dt, q, k, z = streams
+    streams = [t.to(stream_dtype) for t in (u, dt, q, k)]
+    z = None if z is None else z.to(stream_dtype)
     D, dt_bias = (u.new_zeros(u.shape[2], dtype=state_dtype) if p is None else p for p in (D, dt_bias))
     D, dt_bias = D.to(state_dtype), dt_bias.to(state_dtype)
     initial_state = None if initial_state is None else initial_state.to(state_dtype)
-    out, state = _Scan.apply(
-        Sequences.of(u, cu_seqlens), update == "exact", u_, dt, q, k, D, dt_bias, z, initial_state
-    )
+    inputs = (*streams, D, dt_bias, z, initial_state)
+    out, state = _Scan.apply(Sequences.of(u, cu_seqlens), update == "exact", *inputs)
     return out.to(u.dtype), state
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sequences: Sequences, exact: bool, *inputs: Tensor | None):  # type: ignore[no-untyped-def]
+    def forward(ctx, sequences: Sequences, exact: bool, *inputs: Any):  # type: ignore[no-untyped-def]
         ctx.engine = cpu_cpp if cpu_cpp.available() else cpu_torch
         keep = any(ctx.needs_input_grad)
         out, state, checkpoints = ctx.engine.forward(Inputs(*inputs), sequences, exact, keep)

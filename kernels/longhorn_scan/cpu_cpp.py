@@ -80,7 +80,7 @@ class _CProblem(ctypes.Structure):  # `struct Problem` of cpu.cpp
 class _CGradients(ctypes.Structure):  # `struct Gradients` of cpu.cpp
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in "dout dfinal_state du ddt dz dinitial_state dq dk dD ddt_bias".split()
+        for name in ["dout", "dfinal_state", "du", "ddt", "dz", "dinitial_state", "dq", "dk", "dD", "ddt_bias"]
     ]
 
 

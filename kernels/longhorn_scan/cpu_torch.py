@@ -82,9 +82,7 @@ def _streams(x: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return u, step_size(dt + x.dt_bias, k), q, k
 
 
-def _walk_chunk(
-    streams: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, exact: bool, y: Tensor
-) -> list[Tensor]:
+def _walk_chunk(streams: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, exact: bool, y: Tensor) -> list[Tensor]:
     """Fill y (before D and the gate) and return the chunk's states, the one before it first."""
     states = [state]
     for t, (u, eps, q, k) in enumerate(zip(*(s.unbind(1) for s in streams), strict=True)):

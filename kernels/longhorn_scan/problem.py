@@ -79,7 +79,4 @@ class Sequences:
         rows = self.table.tolist()
         if not self.packed:
             return [Walk(slice(0, len(rows)), 0, rows[0][2], 0)] if rows else []
-        return [
-            Walk(slice(i, i + 1), start, start + length, chunk)
-            for i, (_, start, length, chunk) in enumerate(rows)
-        ]
+        return [Walk(slice(i, i + 1), start, start + length, chunk) for i, (_, start, length, chunk) in enumerate(rows)]

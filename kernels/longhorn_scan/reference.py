@@ -1,5 +1,7 @@
 """The oracle: Longhorn's recurrence as a plain loop over time, differentiated by autograd."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,9 +55,10 @@ def longhorn_scan_reference(
     else:
         bounds = cu_seqlens.tolist()
         walked = []
-        for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i, (start, end) in enumerate(pairwise(bounds)):
             initial = None if initial_state is None else initial_state[i : i + 1]
-            walked.append(_walk(*(t[:, start:end] for t in (uf, eps, qf, kf)), initial, update))
+            span = slice(start, end)
+            walked.append(_walk(uf[:, span], eps[:, span], qf[:, span], kf[:, span], initial, update))
         y = torch.cat([y for y, _ in walked], dim=1)
         state = torch.cat([state for _, state in walked])
 
@@ -66,9 +69,7 @@ def longhorn_scan_reference(
     return y.to(u.dtype), state
 
 
-def _walk(
-    u: Tensor, eps: Tensor, q: Tensor, k: Tensor, state: Tensor | None, update: str
-) -> tuple[Tensor, Tensor]:
+def _walk(u: Tensor, eps: Tensor, q: Tensor, k: Tensor, state: Tensor | None, update: str) -> tuple[Tensor, Tensor]:
     if state is None:
         state = u.new_zeros(u.shape[0], u.shape[2], k.shape[2])
     outputs = []

@@ -28,11 +28,7 @@ def longhorn_step(
     at most once; −1 stands for no row (a padded slot of a serving batch): its out is 0 and no state changes.
     Without it, token i belongs to row i. Returns out (batch, d_inner) in u's dtype. Not differentiable.
     """
-    if state_indices is None:
-        rows, active = state, None
-    else:
-        active = state_indices >= 0
-        rows = state[state_indices.clamp(min=0)]
+    rows = state if state_indices is None else state[state_indices.clamp(min=0)]
     dtype = state.dtype
     uf, x, qf, kf = (t.to(dtype) for t in (u, dt, q, k))
     if dt_bias is not None:
@@ -43,9 +39,10 @@ def longhorn_step(
         y = y + D.to(dtype) * uf
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    if active is None:
+    if state_indices is None:
         state.copy_(rows)
     else:
+        active = state_indices >= 0
         state[state_indices[active]] = rows[active]
         y = y.masked_fill(~active.unsqueeze(-1), 0)
     return y.to(u.dtype)

@@ -37,9 +37,7 @@ def forward(
     return out, hidden, rstd
 
 
-def backward(
-    dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.backward`."""
     hidden, dout = hidden.contiguous(), dout.contiguous()
     carry = None if carry is None else carry.contiguous()

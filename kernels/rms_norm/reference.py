@@ -16,9 +16,7 @@ def forward(
     return out, None if residual is None else hidden, rstd.squeeze(-1)
 
 
-def backward(
-    dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """-> the gradients of hidden, in its dtype, and of weight.
 
     `carry`: the gradient that reaches hidden past the norm, or None.

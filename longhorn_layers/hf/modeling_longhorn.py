@@ -50,9 +50,7 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def scan_chunk(
-    u: Tensor, eps: Tensor, k: Tensor, q: Tensor, state: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
+def scan_chunk(u: Tensor, eps: Tensor, k: Tensor, q: Tensor, state: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Walks the recurrence over time from `state`.
 
     u, eps: (B, L, D); k, q: (B, L, N); state: (B, N, D). Returns y (B, L, D) and the last state.
@@ -61,9 +59,7 @@ def scan_chunk(
     u, eps = u.unsqueeze(2), eps.unsqueeze(2)
     k, q = k.unsqueeze(3), q.unsqueeze(3)
     outputs = []
-    for u_t, eps_t, k_t, q_t in zip(
-        u.unbind(1), eps.unbind(1), k.unbind(1), q.unbind(1), strict=True
-    ):
+    for u_t, eps_t, k_t, q_t in zip(u.unbind(1), eps.unbind(1), k.unbind(1), q.unbind(1), strict=True):
         recalled = k_t * state
         if exact:
             recalled = recalled.sum(1, keepdim=True)
@@ -72,9 +68,7 @@ def scan_chunk(
     return torch.stack(outputs, 1), state
 
 
-def longhorn_scan(
-    u: Tensor, eps: Tensor, k: Tensor, q: Tensor, state: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
+def longhorn_scan(u: Tensor, eps: Tensor, k: Tensor, q: Tensor, state: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """scan_chunk over any length; for a backward pass, a state is kept per chunk, not per token."""
     walk: Callable[..., tuple[Tensor, Tensor]] = scan_chunk
     if torch.is_grad_enabled() and u.shape[1] > SCAN_CHUNK:
@@ -213,9 +207,7 @@ class LonghornModel(LonghornPreTrainedModel):
     def __init__(self, config: LonghornConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            LonghornBlock(config, index) for index in range(config.num_hidden_layers)
-        )
+        self.blocks = nn.ModuleList(LonghornBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = LonghornRMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -271,11 +263,7 @@ class LonghornModel(LonghornPreTrainedModel):
         if attention_mask is None:
             return None
         batch, seqlen, _ = x.shape
-        if (
-            attention_mask.ndim != 2
-            or attention_mask.shape[0] != batch
-            or attention_mask.shape[1] < seqlen
-        ):
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seqlen:
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, must be ({batch}, {seqlen}), "
                 "with more columns where there are earlier tokens"
@@ -331,9 +319,7 @@ class LonghornForCausalLM(LonghornPreTrainedModel, GenerationMixin):
         logits = widen(self.lm_head(hidden))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return LonghornCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -63,9 +63,7 @@ def _read(path: Path) -> ModelProto:
         ),
         "remove_extra_whitespaces is on, must be off": normalizer.remove_extra_whitespaces,
         "escape_whitespaces is off, must be on": not normalizer.escape_whitespaces,
-        "it has pieces marked unused, must have none": any(
-            piece.type == Piece.UNUSED for piece in model.pieces
-        ),
+        "it has pieces marked unused, must have none": any(piece.type == Piece.UNUSED for piece in model.pieces),
     }
     faults = [fault for fault, present in unsupported.items() if present]
     if not model.pieces:

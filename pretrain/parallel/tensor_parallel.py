@@ -8,6 +8,7 @@ them. Unmarked shards train silently wrong (DESIGN §10), so `audit` compares ma
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def unshard_tensors(shards: list[Tensor], dim: int, stride: int) -> Tensor:
     return torch.cat([part for section in sections for part in section], dim)
 
 
-def shard_parameter(full: nn.Parameter, mesh: Mesh, dim: int, stride: int = 1) -> nn.Parameter:
+def shard_parameter(full: Tensor, mesh: Mesh, dim: int, stride: int = 1) -> nn.Parameter:
     """This rank's part as a parameter with megatron-core's marks."""
     if full.shape[dim] % (mesh.tensor_size * stride):
         raise ValueError(f"a dimension of {full.shape[dim]} is not divisible by {mesh.tensor_size} tensor ranks")
@@ -56,7 +57,7 @@ class Sharding:
     stride: int
 
 
-def sharding_of(parameter: nn.Parameter) -> Sharding:
+def sharding_of(parameter: Any) -> Sharding:
     """Read off megatron-core's marks; ZeRO-3 keeps the shape of what it has cut further in `ds_shape`."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if getattr(parameter, "tensor_model_parallel", False):
@@ -134,10 +135,10 @@ class VocabParallelHead(nn.Module):
         return losses.sum() if reduction == "sum" else losses
 
 
-Plan = Callable[[nn.Module, Mesh], None]
+Plan = Callable[[Any, Mesh], None]
 
 
-def shard_longhorn(mixer: nn.Module, mesh: Mesh) -> None:
+def shard_longhorn(mixer: Any, mesh: Mesh) -> None:
     """Everything over d_inner is cut, dt_low, k and q are replicated (DESIGN §7)."""
     mixer.in_proj = ColumnParallelLinear(mixer.in_proj, mesh, stride=2)
     mixer.conv.weight = shard_parameter(mixer.conv.weight, mesh, dim=0)
@@ -163,10 +164,11 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> LanguageModel:
     config = model.config
     if config.mixer.name not in PLANS:
         raise ValueError(f"mixer {config.mixer.name!r} has no tensor-parallel plan; these have: {sorted(PLANS)}")
-    model.embedding = VocabParallelEmbedding(model.embedding, mesh)
-    model.head = VocabParallelHead(model.head, mesh)
+    embedding, head = VocabParallelEmbedding(model.embedding, mesh), VocabParallelHead(model.head, mesh)
     if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+        head.weight = embedding.weight
+    model.add_module("embedding", embedding)
+    model.add_module("head", head)
     for block in model.blocks:
         PLANS[config.mixer.name](block.mixer, mesh)
     audit(model, config, mesh)
@@ -182,7 +184,7 @@ def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 def audit(model: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
     """Raise RuntimeError unless marks and shapes agree: cut parameters are marked, replicated ones are not."""
     expected, problems = full_shapes(config), []
-    found = dict(model.named_parameters())
+    found: dict[str, Any] = dict(model.named_parameters())
     if found.keys() != expected.keys():
         problems.append(f"parameters differ from the plain model's: {sorted(found.keys() ^ expected.keys())}")
     for name, parameter in found.items():

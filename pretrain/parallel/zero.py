@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, sharding_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
-from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
+import deepspeed
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+from deepspeed.utils import safe_get_full_grad
 
 # A shared-memory all-reduce for one host's CPUs that takes a minute to compile; gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -70,7 +71,7 @@ class ZeroEngine:
         """How every parameter is cut over tensor ranks."""
         return {name: sharding_of(parameter) for parameter, name in self._names.items()}
 
-    def forward_backward(self, batch: dict[str, Tensor | None], n_targets: int) -> float:
+    def forward_backward(self, batch: dict[str, Any], n_targets: float) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its summed loss.
 
         `n_targets` counts the unmasked targets of the whole global batch: the gradient that `step` uses is that of
@@ -169,7 +170,8 @@ class ZeroEngine:
             partitions = optimizer.fp16_partitioned_groups[i]
             for partition, values in zip(partitions, optimizer.unflatten(flat, partitions), strict=True):
                 partition.data = values.data
-        for parameter in self.module.parameters():
+        parameters: list[Any] = list(self.module.parameters())
+        for parameter in parameters:
             if parameter.ds_persist:  # small parameters are held gathered: gather them anew
                 parameter.partition()
                 parameter.all_gather()

@@ -44,9 +44,7 @@ def input_folder(tmp_path: Path, records: list[dict]) -> Callable[..., Path]:
         folder.mkdir()
         share = len(records) // files
         for index in range(files):
-            part = (
-                records[: share * (index + 1)] if repeat > 1 else records[index * share :][:share]
-            )
+            part = records[: share * (index + 1)] if repeat > 1 else records[index * share :][:share]
             lines = "".join(json.dumps(record) + "\n" for record in part * repeat)
             (folder / f"{index}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
         return folder

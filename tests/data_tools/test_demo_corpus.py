@@ -115,9 +115,7 @@ def test_the_wheels_messages_are_labelled_by_delivery(tmp_path):
     ]
 
 
-def test_the_command_keeps_a_complete_corpus_and_refuses_a_foreign_folder(
-    tmp_path, records, monkeypatch, capsys
-):
+def test_the_command_keeps_a_complete_corpus_and_refuses_a_foreign_folder(tmp_path, records, monkeypatch, capsys):
     output = tmp_path / "demo"
     made = []
 

@@ -28,8 +28,7 @@ def test_every_kind_of_file_gives_the_corpus(tmp_path, corpus, records, suffix):
     documents = list(read_documents(path))
 
     assert [(item.text, item.set_name, item.line) for item in documents] == [
-        (record["text"], record["meta"]["redpajama_set_name"], number)
-        for number, record in enumerate(records, start=1)
+        (record["text"], record["meta"]["redpajama_set_name"], number) for number, record in enumerate(records, start=1)
     ]
 
 
@@ -74,12 +73,8 @@ def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, content, reason):
     assert str(bad).startswith(f"{path}:3: {reason}")
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [(".jsonl.zst", zstandard.compress), (".jsonl.gz", gzip.compress)]
-)
-def test_a_truncated_archive_gives_its_whole_lines_then_one_bad_line(
-    tmp_path, corpus, records, suffix, pack
-):
+@pytest.mark.parametrize(("suffix", "pack"), [(".jsonl.zst", zstandard.compress), (".jsonl.gz", gzip.compress)])
+def test_a_truncated_archive_gives_its_whole_lines_then_one_bad_line(tmp_path, corpus, records, suffix, pack):
     path = tmp_path / f"cut{suffix}"
     path.write_bytes(pack(corpus.read_bytes())[:-2000])
 
@@ -88,8 +83,7 @@ def test_a_truncated_archive_gives_its_whole_lines_then_one_bad_line(
     assert [item.text for item in documents] == [r["text"] for r in records[: len(documents)]]
     assert 0 < len(documents) < len(records)
     assert str(bad) == (
-        f"{path}:{len(documents) + 1}: damaged archive: "
-        "truncated: the file ends inside a compressed frame"
+        f"{path}:{len(documents) + 1}: damaged archive: truncated: the file ends inside a compressed frame"
     )
 
 

@@ -43,9 +43,7 @@ def names(paths: list[str]) -> list[str]:
     return sorted(Path(path).name for path in paths)
 
 
-def test_the_shard_holds_every_document_in_order(
-    tmp_path, run, input_folder, records, tokenizer, tokenizer_file
-):
+def test_the_shard_holds_every_document_in_order(tmp_path, run, input_folder, records, tokenizer, tokenizer_file):
     input_folder()
 
     manifest = run(workers=2).manifest
@@ -56,9 +54,7 @@ def test_the_shard_holds_every_document_in_order(
     assert (manifest.documents, manifest.tokens) == (12, sum(map(len, documents)))
     assert manifest.text_bytes == sum(len(r["text"].encode()) for r in records) == 215_885
     assert manifest.dtype == "uint16"
-    assert [Path(source.path).name for source in manifest.sources] == [
-        f"{index}.jsonl.zst" for index in range(4)
-    ]
+    assert [Path(source.path).name for source in manifest.sources] == [f"{index}.jsonl.zst" for index in range(4)]
     for name in ("StateOfTheUnionSpoken", "StateOfTheUnionWritten"):
         chosen = [r["meta"]["redpajama_set_name"] == name for r in records]
         expected = Counts(
@@ -92,16 +88,12 @@ def test_empty_documents_are_left_out_and_counted(run, input_folder):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_and_started_again_it_redoes_only_unfinished_files(
-    tmp_path, run, input_folder, tokenizer_file, stop
-):
+def test_stopped_and_started_again_it_redoes_only_unfinished_files(tmp_path, run, input_folder, tokenizer_file, stop):
     folder = input_folder(repeat=8)
     parts = tmp_path / "out.parts"
     command = [sys.executable, "-m", "data_tools.tokenize", "--workers", "1"]
     command += ["--input", f"{folder}/*", "--tokenizer", str(tokenizer_file)]
-    process = subprocess.Popen(
-        [*command, "--output", f"{tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "--output", f"{tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         while not list(parts.glob("*.done.json")):
             with pytest.raises(subprocess.TimeoutExpired):
@@ -125,9 +117,7 @@ def test_stopped_and_started_again_it_redoes_only_unfinished_files(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "uninterrupted")
 
 
-def test_lost_and_broken_markers_and_changed_inputs_are_redone(
-    tmp_path, run, input_folder, monkeypatch
-):
+def test_lost_and_broken_markers_and_changed_inputs_are_redone(tmp_path, run, input_folder, monkeypatch):
     folder = input_folder()
 
     def die(*_: object) -> None:
@@ -226,7 +216,7 @@ def test_bad_lines_are_counted_over_all_files(tmp_path, run, input_folder):
 
     manifest = run(skip_bad=3).manifest
 
-    kept = len([d for d in read_documents(folder / "3.jsonl.zst")]) - 1
+    kept = len(list(read_documents(folder / "3.jsonl.zst"))) - 1
     assert manifest.documents == 9 + kept
     first, second, third = manifest.bad_lines
     assert first.startswith(f"{folder}/0.jsonl.zst:4: broken JSON")

@@ -76,9 +76,7 @@ def test_load_refuses_a_model_without_eos(tmp_path, records):
         Tokenizer.load(path)
 
 
-def test_mistral_is_found_in_its_package_without_importing_it(
-    tmp_path, monkeypatch, tokenizer_file
-):
+def test_mistral_is_found_in_its_package_without_importing_it(tmp_path, monkeypatch, tokenizer_file):
     data = tmp_path / "mistral_common" / "data"
     data.mkdir(parents=True)
     (data.parent / "__init__.py").write_text("raise RuntimeError('imported')")

@@ -79,9 +79,7 @@ def test_variants_take_turns_and_threads_are_restored() -> None:
 
 
 def test_ratios_are_of_medians_of_whole_runs() -> None:
-    case = replace(
-        make_case(fast=Variant(square, square)), bars=(Bar("fast", "plain", 4), Bar("fast", "plain", 4.1))
-    )
+    case = replace(make_case(fast=Variant(square, square)), bars=(Bar("fast", "plain", 4), Bar("fast", "plain", 4.1)))
     times = {
         "plain": Times({"forward": [1.0, 3.0, 50.0], "backward": [9.0, 5.0, 1.0]}),
         "fast": Times({"forward": [1.0, 1.0, 7.0], "backward": [1.0, 1.5, 1.0]}),
@@ -103,9 +101,7 @@ def test_ratios_are_of_medians_of_whole_runs() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("ratio", "arguments", "code"), [(1e9, [], 0), (1e9, ["--check"], 1), (0, ["--check"], 0)]
-)
+@pytest.mark.parametrize(("ratio", "arguments", "code"), [(1e9, [], 0), (1e9, ["--check"], 1), (0, ["--check"], 0)])
 def test_command_records_and_checks(
     ratio: float,
     arguments: list[str],

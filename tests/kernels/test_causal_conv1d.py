@@ -76,9 +76,7 @@ def run(function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
     """(out, final_state) and the gradients of inputs, for fixed random ones of both outputs."""
     outputs = function(*inputs)
     generator = torch.Generator().manual_seed(1)
-    seeds = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o.dtype) for o in outputs
-    ]
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16().to(o.dtype) for o in outputs]
     return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, seeds)
 
 
@@ -243,9 +241,7 @@ def test_split_sequence_equals_whole(cut: int, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_step_equals_whole(dtype: torch.dtype) -> None:
     x, weight, bias, state = (t.detach() for t in make_inputs(9, dtype))
-    whole, final = causal_conv1d(
-        x, weight, bias, activation="silu", initial_state=state, return_final_state=True
-    )
+    whole, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=state, return_final_state=True)
     steps = [causal_conv1d_step(state, t, weight, bias, activation="silu") for t in x.unbind(1)]
     out = torch.stack(steps, dim=1)
     assert out.dtype == dtype and torch.equal(state, final)

@@ -44,9 +44,7 @@ def expected(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - chosen) * (targets != -100)
 
 
-def expected_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, seed: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def expected_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, gradient of hidden, gradient of weight) in float64."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     losses = expected(hidden @ weight.t(), targets)
@@ -78,9 +76,7 @@ def test_sum(dtype: torch.dtype, chunk_size: int | None) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_per_token(dtype: torch.dtype, chunk_size: int | None) -> None:
     hidden, weight, targets = make(dtype=dtype)
-    losses = linear_cross_entropy(
-        hidden, weight, targets, vocab_size=VOCAB, reduction="none", chunk_size=chunk_size
-    )
+    losses = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, reduction="none", chunk_size=chunk_size)
     assert losses.dtype == torch.promote_types(dtype, torch.float32)
     seed = torch.randn(targets.shape).to(losses.dtype)
     dhidden, dweight = torch.autograd.grad(losses, (hidden, weight), seed)
@@ -106,9 +102,7 @@ def test_ignored_tokens_and_padding_get_exactly_zero(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_all_ignored(reduction: str) -> None:
     hidden, weight, targets = make()
-    loss = linear_cross_entropy(
-        hidden, weight, torch.full_like(targets, 7), ignore_index=7, reduction=reduction
-    )
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, 7), ignore_index=7, reduction=reduction)
     gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
     assert all((t == 0).all() for t in (loss, *gradients))
 
@@ -118,9 +112,7 @@ def test_extreme_logits(reduction: str) -> None:
     hidden, weight, targets = make(scale=2000.0)  # logits of about ±1e4
     loss = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, reduction=reduction)
     dhidden, dweight = torch.autograd.grad(loss.sum(), (hidden, weight))
-    losses, exact_dhidden, exact_dweight = expected_gradients(
-        hidden, weight, targets, torch.ones(targets.shape)
-    )
+    losses, exact_dhidden, exact_dweight = expected_gradients(hidden, weight, targets, torch.ones(targets.shape))
     assert losses.max() > 1e4
     assert_close(loss.sum(), losses.sum(), 1e-5)
     assert_close(dhidden, exact_dhidden, 1e-3)  # softmax of fp32 logits: their rounding is 1e-3
@@ -134,9 +126,7 @@ def test_autocast(reduction: str, hidden_dtype: torch.dtype) -> None:
     hidden, weight, targets = make((4, 250))
     hidden = hidden.detach().to(hidden_dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(
-            hidden, weight, targets, vocab_size=VOCAB, reduction=reduction, chunk_size=8
-        )
+        loss = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, reduction=reduction, chunk_size=8)
     dhidden, dweight = torch.autograd.grad(loss.sum(), (hidden, weight))
     assert loss.dtype == dweight.dtype == torch.float32 and dhidden.dtype == hidden_dtype
 

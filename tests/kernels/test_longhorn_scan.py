@@ -86,9 +86,7 @@ def test_float32_and_bfloat16_stay_near_float64(engine: str, update: str, seqlen
     got = outputs_and_gradients(single, backend="cpu", update=update)
     assert_close(got, reference(single, update=update), 5e-6)
 
-    half = {
-        name: t.bfloat16() if name in ("u", "dt", "q", "k", "z") else t.float() for name, t in inputs.items()
-    }
+    half = {name: t.bfloat16() if name in ("u", "dt", "q", "k", "z") else t.float() for name, t in inputs.items()}
     got = outputs_and_gradients(half, backend="cpu", update=update)
     want = reference(half, update=update)
     assert got["out"].dtype == got["u"].dtype == got["q"].dtype == torch.bfloat16
@@ -193,10 +191,7 @@ def test_packed_documents_equal_separate_ones(engine: str, update: str, with_sta
     assert_close(got, want, 1e-12)
 
     for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        alone = {
-            name: t[:, start:end] if t.dim() == 3 and name != "initial_state" else t
-            for name, t in inputs.items()
-        }
+        alone = {name: t[:, start:end] if t.dim() == 3 and name != "initial_state" else t for name, t in inputs.items()}
         if with_state:
             alone["initial_state"] = inputs["initial_state"][i : i + 1]
         out, state = longhorn_scan(**alone, return_final_state=True, update=update, backend="reference")
@@ -205,9 +200,7 @@ def test_packed_documents_equal_separate_ones(engine: str, update: str, with_sta
 
 
 def test_no_gradient_crosses_a_document_boundary(engine: str) -> None:
-    inputs = {
-        name: t.requires_grad_() for name, t in make_inputs(1, 80, 21, 9).items() if name != "initial_state"
-    }
+    inputs = {name: t.requires_grad_() for name, t in make_inputs(1, 80, 21, 9).items() if name != "initial_state"}
     out = longhorn_scan(**inputs, cu_seqlens=torch.tensor([0, 33, 80], dtype=torch.int32), backend="cpu")
     out[:, 33:].sum().backward()
     for name in ("u", "dt", "q", "k", "z"):
@@ -216,9 +209,7 @@ def test_no_gradient_crosses_a_document_boundary(engine: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_element_of_every_buffer_is_written(
-    engine: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_element_of_every_buffer_is_written(engine: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(create):  # type: ignore[no-untyped-def]
         def wrapper(*args: object, **kwargs: object) -> Tensor:
             tensor = create(*args, **kwargs)
@@ -297,7 +288,7 @@ def test_nan_is_not_hidden() -> None:
 
 
 def test_missing_compiler_warns_once_and_names_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_find_compiler", lambda: None)
+    monkeypatch.setattr(cpp, "find_compiler", lambda: None)
     cpp.load_library.cache_clear()
     inputs = make_inputs(1, 5, 8, 4)
     with pytest.warns(RuntimeWarning, match="slower.*no C\\+\\+ compiler"):

@@ -40,9 +40,7 @@ def random_cotangents(*tensors: Tensor) -> list[Tensor]:
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in tensors]
 
 
-def gradients(
-    outputs: tuple[Tensor, Tensor], inputs: dict[str, Tensor], cotangents: list[Tensor]
-) -> dict[str, Tensor]:
+def gradients(outputs: tuple[Tensor, Tensor], inputs: dict[str, Tensor], cotangents: list[Tensor]) -> dict[str, Tensor]:
     given = [c.to(o) for c, o in zip(cotangents, outputs, strict=True)]
     return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), given), strict=True))
 
@@ -153,9 +151,7 @@ class TestTritonScan:
         bounds = torch.tensor([0, 3, 9, 12], dtype=torch.int32)
         inputs = make_inputs(B=1, L=12, D=5, N=3, sequences=3)
         (out, final), leaves = run_triton(scan, inputs, bounds, update)
-        found = torch.autograd.grad(
-            out[:, 3:9].square().sum() + final[1].square().sum(), list(leaves.values())
-        )
+        found = torch.autograd.grad(out[:, 3:9].square().sum() + final[1].square().sum(), list(leaves.values()))
         found = dict(zip(leaves, found, strict=True))
         outside = [0, 1, 2, 9, 10, 11]
         for name in ("u", "dt", "q", "k", "z"):
@@ -166,9 +162,7 @@ class TestTritonScan:
 
     @pytest.mark.parametrize("update", UPDATES)
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-4)])
-    def test_low_precision_inputs(
-        self, scan: ModuleType, dtype: torch.dtype, tolerance: float, update: str
-    ) -> None:
+    def test_low_precision_inputs(self, scan: ModuleType, dtype: torch.dtype, tolerance: float, update: str) -> None:
         # The rounding of results to dtype and no more (the interpreter truncates to bf16: 3.4e-3 rms).
         inputs = make_inputs(B=1, L=12, D=5, N=3, dtype=dtype)
         assert_matches_reference(scan, inputs, update, tolerance=tolerance)

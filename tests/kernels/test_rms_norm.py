@@ -46,12 +46,9 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, residual: torch.dtype) -> t
     return tuple(torch.randn(s, dtype=d, requires_grad=True) for s, d in shapes)
 
 
-def gradients(
-    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], scale: float = 1.0
-) -> tuple[Tensor, ...]:
+def gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], scale: float = 1.0) -> tuple[Tensor, ...]:
     seeds = [
-        torch.cos(torch.arange(o.numel()).double()).mul(scale).view(o.shape).bfloat16().to(o.dtype)
-        for o in outputs
+        torch.cos(torch.arange(o.numel()).double()).mul(scale).view(o.shape).bfloat16().to(o.dtype) for o in outputs
     ]
     return torch.autograd.grad(outputs, inputs, seeds)
 

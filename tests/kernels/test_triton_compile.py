@@ -36,9 +36,7 @@ triton_scan(x, x, x, x, None, None, None, None, None, "diagonal")
 def run(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

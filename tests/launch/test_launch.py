@@ -235,9 +235,7 @@ def test_config_and_run_directory_may_be_others(cluster):
 
 
 def test_site_env_is_sourced_and_exported(cluster):
-    (cluster.root / "launch/site.env").write_text(
-        ": $UNSET\nSITE_VARIABLE='two words'\nGPUS_PER_NODE=3\n"
-    )
+    (cluster.root / "launch/site.env").write_text(": $UNSET\nSITE_VARIABLE='two words'\nGPUS_PER_NODE=3\n")
     cluster.submit(PLAY="done")
     for call in cluster.calls("torchrun"):
         assert call["site"] == "two words"

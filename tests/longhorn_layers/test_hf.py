@@ -22,9 +22,7 @@ def make_model(update: str = "diagonal", **config: object) -> LonghornForCausalL
     """A model of random weights, large enough that memory matters to what it predicts."""
     torch.manual_seed(0)
     shape = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 5}
-    model = LonghornForCausalLM(
-        LonghornConfig(update_rule=update, eos_token_id=None, **shape | config)
-    )
+    model = LonghornForCausalLM(LonghornConfig(update_rule=update, eos_token_id=None, **shape | config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("dt_bias", ".D", "norm.weight")):
@@ -293,9 +291,7 @@ def test_embeddings_hidden_states_and_kept_logits() -> None:
     model, ids = make_model(), make_ids(2, 6)
     full = model(ids, output_hidden_states=True)
     assert len(full.hidden_states) == 4
-    assert {(state.shape, state.dtype) for state in full.hidden_states} == {
-        ((2, 6, 24), torch.float32)
-    }
+    assert {(state.shape, state.dtype) for state in full.hidden_states} == {((2, 6, 24), torch.float32)}
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
     assert torch.equal(embedded, full.logits)
     last_two = model(ids, logits_to_keep=2).logits
@@ -374,9 +370,7 @@ def test_a_folder_loads_offline_without_this_repository(export: Path, tmp_path: 
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", LOAD, str(export), " ".join(map(str, ids[0].tolist()))]
-    result = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     generated, trained = result.stdout.splitlines()[-2:]
     expected = make_model("exact").generate(ids, max_new_tokens=12)[0].tolist()
@@ -419,9 +413,7 @@ def test_half_precision_keeps_what_needs_fp32(export: Path, dtype: torch.dtype) 
     relative = (outputs.logits - single).norm() / single.norm()
     assert relative < 0.05
     prompt = ids[:, :5]
-    cached, uncached = (
-        model.generate(prompt, max_new_tokens=8, use_cache=use_cache) for use_cache in (True, False)
-    )
+    cached, uncached = (model.generate(prompt, max_new_tokens=8, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
 
 

@@ -158,9 +158,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     model.normalizer_spec.escape_whitespaces = False
     model.pieces[400].type = ModelProto.SentencePiece.UNUSED
     spm_path.write_bytes(model.SerializeToString())
-    with pytest.raises(
-        ValueError, match="escape_whitespaces is off.*; it has pieces marked unused"
-    ):
+    with pytest.raises(ValueError, match="escape_whitespaces is off.*; it has pieces marked unused"):
         write_tokenizer(spm_path, tmp_path / "out")
 
 
@@ -172,9 +170,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None
         write_tokenizer(path, tmp_path / "out")
 
 
-def test_a_failed_write_leaves_the_old_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spm_path = train(tmp_path)
     write_tokenizer(spm_path, tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()

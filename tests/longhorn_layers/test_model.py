@@ -22,7 +22,13 @@ def tokens(*shape: int) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_follow_the_formula(size: str) -> None:
     config = SIZES[size]
-    n, d, inner, state, rank = config.n_layer, config.d_model, 2 * config.d_model, 16, -(-config.d_model // 16)
+    n, d, inner, state, rank = (
+        config.n_layer,
+        config.d_model,
+        2 * config.d_model,
+        16,
+        -(-config.d_model // 16),
+    )
     formula = n * (3 * d * inner + inner * (rank + 2 * state) + rank * inner + 7 * inner + d) + 32000 * d + d
     assert count_parameters(config) == formula
 

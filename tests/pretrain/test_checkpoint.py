@@ -46,7 +46,11 @@ def test_layout_and_retention(config: Config, mesh: Mesh) -> None:
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     assert (run / "latest").read_text() == "step_00000003"
     manifest = read_manifest(run / "checkpoints" / "step_00000003")
-    assert (manifest.progress.step, manifest.progress.consumed_tokens, manifest.progress.optimizer_steps) == (3, 192, 3)
+    assert (manifest.progress.step, manifest.progress.consumed_tokens, manifest.progress.optimizer_steps) == (
+        3,
+        192,
+        3,
+    )
     assert manifest.config["train"]["global_batch_size"] == 4 and manifest.tokenizer["vocab_size"] == 512
     covered = sum(count for file in manifest.files for _, count in file.fragments.values())
     assert covered == sum(torch.Size(s.shape).numel() for s in manifest.parameters.values())
@@ -92,9 +96,7 @@ def test_no_silent_fresh_start(config: Config, mesh: Mesh) -> None:
         load_model(Path(config.run_dir) / "checkpoints" / "step_00000001", torch.device("cpu"))
 
 
-def test_an_interrupted_save_leaves_the_one_before(
-    config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_save_leaves_the_one_before(config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(config, mesh, 1)
     trainer.train_step()
 

@@ -46,9 +46,7 @@ def _restore_auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_loaded(tokenizer: Path, update: str = "diagonal", tied: bool = True) -> LoadedModel:
     torch.manual_seed(2)
     mixer = LonghornConfig(d_state=5, d_conv=3, update=update)
-    model = LanguageModel(
-        ModelConfig(mixer, VOCAB_SIZE, d_model=24, n_layer=2, norm_eps=1e-4, tie_embeddings=tied)
-    )
+    model = LanguageModel(ModelConfig(mixer, VOCAB_SIZE, d_model=24, n_layer=2, norm_eps=1e-4, tie_embeddings=tied))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("dt_bias", ".D", "norm.weight")):
@@ -101,9 +99,7 @@ def test_logits_and_ids_are_the_same(exported: tuple[LoadedModel, Export], token
     )
 
 
-def test_transformers_generates_the_same_text(
-    exported: tuple[LoadedModel, Export], tokenizer: Path
-) -> None:
+def test_transformers_generates_the_same_text(exported: tuple[LoadedModel, Export], tokenizer: Path) -> None:
     loaded, export = exported
     ids, eos_id = Tokenizer.load(tokenizer).encode("We the people"), loaded.tokenizer["eos_id"]
     expected = generate(loaded.model, ids, 40, eos_id, Sampling(temperature=0))
@@ -153,9 +149,7 @@ def test_bfloat16_keeps_what_needs_fp32(tokenizer: Path, tmp_path: Path) -> None
 # ---- refusals ----
 
 
-def test_a_wrong_weight_is_refused(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_weight_is_refused(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = convert.hf_weights
 
     def wrong(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -221,9 +215,7 @@ def test_the_command_and_what_is_in_its_way(
     out.mkdir()
     (out / "precious").write_text("mine")
     assert convert.main(["to-hf", "run", str(out)]) == 1
-    assert (
-        capsys.readouterr().err == f"error: {out} exists; --overwrite replaces an earlier export\n"
-    )
+    assert capsys.readouterr().err == f"error: {out} exists; --overwrite replaces an earlier export\n"
     assert convert.main(["to-hf", "run", str(out), "--overwrite"]) == 1
     assert "no earlier export" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["precious"]
@@ -247,16 +239,12 @@ log: {{wandb: disabled}}
 """
 
 
-def test_the_commands_on_a_trained_checkpoint(
-    shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_on_a_trained_checkpoint(shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trainer's own checkpoint: evaluated, sampled from, exported; all see the same model."""
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(CONFIG.format(folder=tmp_path, prefix=shard.prefix))
     command = [sys.executable, "-m", "pretrain.train", str(config)]
-    trained = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
-    )
+    trained = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert trained.returncode == 0, trained.stderr
 
     contexts = ["--contexts", "64,256", "--max-tokens", "1024", "--device", "cpu"]

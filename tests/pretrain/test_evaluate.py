@@ -83,9 +83,7 @@ def test_equals_the_definition_on_real_text(model: LanguageModel, stream: np.nda
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 511, 513])
-def test_chunks_do_not_change_the_loss(
-    model: LanguageModel, stream: np.ndarray, chunk: int
-) -> None:
+def test_chunks_do_not_change_the_loss(model: LanguageModel, stream: np.ndarray, chunk: int) -> None:
     tokens = stream[:1025]
     (whole,) = evaluate_contexts(model, tokens, [512], chunk=512)
     (chunked,) = evaluate_contexts(model, tokens, [512], chunk=chunk)
@@ -165,9 +163,7 @@ def test_all_documents_have_the_manifests_bytes(prefix: str, stream: np.ndarray)
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
-def test_bytes_of_odd_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dummy_prefix: bool
-) -> None:
+def test_bytes_of_odd_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dummy_prefix: bool) -> None:
     monkeypatch.setattr(evaluate, "COUNTED_TOKENS", 7)  # bounds inside the texts
     lines = (json.loads(line)["text"][:3000] for line in CORPUS.read_text().splitlines())
     SentencePieceTrainer.train(
@@ -233,9 +229,7 @@ def test_max_tokens_bounds_each_set(prefix: str) -> None:
 
 
 @pytest.fixture
-def loaded(
-    model: LanguageModel, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> LoadedModel:
+def loaded(model: LanguageModel, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     record = Manifest.read(ShardPaths.of(prefix).manifest).tokenizer
     found = LoadedModel(
         model=model,

@@ -24,9 +24,7 @@ def make_model(update: str = "diagonal") -> LanguageModel:
     """Random weights, untied so that the likeliest token is not simply the last one."""
     torch.manual_seed(1)
     mixer = LonghornConfig(d_state=4, update=update)
-    model = LanguageModel(
-        ModelConfig(mixer, VOCAB_SIZE, d_model=16, n_layer=2, tie_embeddings=False)
-    )
+    model = LanguageModel(ModelConfig(mixer, VOCAB_SIZE, d_model=16, n_layer=2, tie_embeddings=False))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("_proj.weight", "dt_head.weight", "head.weight")):
@@ -129,8 +127,7 @@ def test_the_padding_of_the_vocabulary_is_never_drawn() -> None:
 def test_the_seed_decides() -> None:
     model = make_model()
     first, again, other = (
-        generate(model, [5], 20, NO_TOKEN, Sampling(), torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
+        generate(model, [5], 20, NO_TOKEN, Sampling(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -150,9 +147,7 @@ def loaded(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel
     tokenizer, model = Tokenizer.load(tokenizer_path), make_model()
     found = LoadedModel(
         model=model,
-        config=Config(
-            model=model.config, data=DataConfig(train=str(tokenizer_path.parent / "train"))
-        ),
+        config=Config(model=model.config, data=DataConfig(train=str(tokenizer_path.parent / "train"))),
         step=30,
         consumed_tokens=1000,
         tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256},
@@ -180,9 +175,7 @@ def test_each_prompt_is_continued_by_itself(
     assert shown.out.startswith("The Union") and shown.err == ""
 
 
-def test_a_prompts_text_does_not_depend_on_the_others(
-    loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prompts_text_does_not_depend_on_the_others(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--prompt", "We", "--prompt", "The", "--seed", "4") == 0
     both = capsys.readouterr().out
     assert run("--prompt", "The", "--seed", "4") == 0
@@ -209,9 +202,7 @@ def test_a_missing_tokenizer_is_named(loaded: LoadedModel, tmp_path: Path) -> No
         tokenizer_file(loaded, str(tmp_path / "other.model"))
 
 
-def test_another_tokenizer_is_refused(
-    loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_tokenizer_is_refused(loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer([CORPUS], vocab_size=VOCAB_SIZE - 1))
     assert run("--prompt", "We", "--tokenizer", str(other)) == 1

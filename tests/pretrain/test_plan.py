@@ -193,9 +193,7 @@ def test_activations_are_those_autograd_saves(precision, monkeypatch):
         convolution = lambda *args, **options: causal_conv1d(*args, backend="reference", **options)  # noqa: E731
     else:  # CPU autocast widens torch.cat, the GPU's does not: leave the convolution out of both
         convolution = lambda x, *_, **__: x.clone()  # noqa: E731
-        expected += (
-            2 * 128 * (3 * 64 + 36 + 4) / tokens.numel()
-        )  # copies of weights, planned as a part of their own
+        expected += 2 * 128 * (3 * 64 + 36 + 4) / tokens.numel()  # copies of weights, planned as a part of their own
         expected -= (2 + 4 + 4 * 4) * 128
     monkeypatch.setattr(longhorn_layers.longhorn, "causal_conv1d", convolution)
     two, three = (saved_bytes(replace(config, n_layer=n), precision, tokens) for n in (2, 3))
@@ -273,9 +271,7 @@ def test_tensor_ranks_must_divide_gpus_channels_and_vocabulary(capsys):
     assert "nodes=1 × gpus_per_node=8 = 8" in gpus
     assert "padded vocabulary = 32000" in vocabulary
     assert "d_inner" in channels and "4096" in channels
-    assert all(
-        "nearest that divide everything: 2 or 4" in line for line in (gpus, vocabulary, channels)
-    )
+    assert all("nearest that divide everything: 2 or 4" in line for line in (gpus, vocabulary, channels))
 
 
 @pytest.mark.parametrize(
@@ -330,9 +326,7 @@ def test_nothing_fits_in_too_small_a_gpu():
 
 
 def test_keys_are_split_between_plan_and_config():
-    options, rest = split_overrides(
-        ["nodes=2", "train.seed=7", "run_dir=r", "mfu=0.5", "log.peak_tflops=1"]
-    )
+    options, rest = split_overrides(["nodes=2", "train.seed=7", "run_dir=r", "mfu=0.5", "log.peak_tflops=1"])
     assert (options.nodes, options.gpus, options.mfu, options.peak_tflops) == (2, 2, 0.5, 989.0)
     assert rest == ["train.seed=7", "run_dir=r", "log.peak_tflops=1"]
 
