@@ -3,13 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Two busy OpenMP threads on two busy cores wait for each other; glibc gives large buffers back to the kernel, page by
-# page, on every free.
+# Two processes share two cores: a second OpenMP thread in each would wait for the first.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
-export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
-export MALLOC_TRIM_THRESHOLD_ ?= 2000000000
-export MALLOC_TOP_PAD_ ?= 100000000
 
 .PHONY: demo test test-slow lint check format bench golden clean
 

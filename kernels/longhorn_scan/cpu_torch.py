@@ -1,5 +1,7 @@
 """The CPU walk in torch, for machines without a compiler: slower than C++, faster than autograd on the loop."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +23,9 @@ def forward(x: Inputs, sequences: Sequences, exact: bool, keep: bool) -> tuple[T
             span = slice(t0, min(t0 + CHUNK, walk.end))
             if checkpoints is not None:
                 checkpoints[walk.chunks(t0)] = final[walk.rows]
-            states = _walk_chunk(_streams(x, span), final[walk.rows].clone(), exact, y[:, span])
-            final[walk.rows] = states[-1]
+            chunk = _Chunk.walk(x, span, final[walk.rows], exact)
+            y[:, span] = chunk.read_out().transpose(0, 1)
+            final[walk.rows] = chunk.states[-1]
     y.addcmul_(x.D, x.u.to(dtype))
     if x.z is not None:
         y.mul_(F.silu(x.z.to(dtype)))
@@ -49,10 +52,12 @@ def backward(
     for walk in sequences.walks():
         for t0 in reversed(range(walk.start, walk.end, CHUNK)):
             span = slice(t0, min(t0 + CHUNK, walk.end))
-            streams = _streams(x, span)
-            states = _walk_chunk(streams, checkpoints[walk.chunks(t0)], exact, y[:, span])
-            buffers = [t[:, span] for t in (dy, du, deps, dq, dk)]
-            adjoint[walk.rows] = _backward_chunk(streams, states, adjoint[walk.rows].clone(), exact, *buffers)
+            chunk = _Chunk.walk(x, span, checkpoints[walk.chunks(t0)], exact)
+            y[:, span] = chunk.read_out().transpose(0, 1)
+            dy_chunk = dy[:, span].transpose(0, 1).contiguous()
+            adjoint[walk.rows], *gradients = chunk.walk_back(dy_chunk, adjoint[walk.rows])
+            for whole, part in zip((du, deps, dq, dk), gradients, strict=True):
+                whole[:, span] = part.transpose(0, 1)
 
     u, k, xdt = x.u.to(dtype), x.k.to(dtype), x.dt.to(dtype) + x.dt_bias
     eps = step_size(xdt, k)
@@ -76,56 +81,73 @@ def backward(
     )
 
 
-def _streams(x: Inputs, span: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(u, eps, q, k) of a span of time, in the state's dtype."""
-    u, dt, q, k = (t[:, span].to(x.D.dtype) for t in (x.u, x.dt, x.q, x.k))
-    return u, step_size(dt + x.dt_bias, k), q, k
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of T steps, time first, so that what does not depend on the step before is one op for all steps.
 
+    u, eps: (T, B, D); q, k: (T, B, N); gains: eps·k, (T, B, D, N); states: (T + 1, B, D, N), the one before the chunk
+    first; residuals: (T, B, D, N), or (T, B, D, 1) for the exact update.
+    """
 
-def _walk_chunk(streams: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, exact: bool, y: Tensor) -> list[Tensor]:
-    """Fill y (before D and the gate) and return the chunk's states, the one before it first."""
-    states = [state]
-    for t, (u, eps, q, k) in enumerate(zip(*(s.unbind(1) for s in streams), strict=True)):
-        before, k_row = states[-1], k.unsqueeze(1)
-        if exact:
-            residual = (u - torch.bmm(before, k_row.mT).squeeze(2)).unsqueeze(2)
-        else:
-            residual = torch.addcmul(u.unsqueeze(2), before, k_row, value=-1)
-        states.append(torch.addcmul(before, eps.unsqueeze(2) * k_row, residual))
-        y[:, t] = torch.bmm(states[-1], q.unsqueeze(2)).squeeze(2)
-    return states
+    u: Tensor
+    eps: Tensor
+    q: Tensor
+    k: Tensor
+    gains: Tensor
+    states: Tensor
+    residuals: Tensor
+    exact: bool
 
+    @classmethod
+    def walk(cls, x: Inputs, span: slice, state: Tensor, exact: bool) -> "_Chunk":
+        """Walk the span's steps from `state`."""
+        streams = (t[:, span].transpose(0, 1).to(x.D.dtype).contiguous() for t in (x.u, x.dt, x.q, x.k))
+        u, dt, q, k = streams
+        eps = step_size(dt + x.dt_bias, k)
+        states = state.new_empty(len(u) + 1, *state.shape)
+        residuals = state.new_empty(len(u), *state.shape[:2], 1 if exact else state.shape[2])
+        states[0] = state
+        gains = eps.unsqueeze(3) * k.unsqueeze(2)
+        # Views of every step at once: taking them one by one costs as much as the arithmetic.
+        views = (t.unbind(0) for t in (u.unsqueeze(3), k.unsqueeze(2), gains, residuals, states[:-1], states[1:]))
+        for u_t, k_t, gain, residual, before, after in zip(*views, strict=True):
+            if exact:
+                torch.baddbmm(u_t, before, k_t.mT, alpha=-1, out=residual)
+            else:
+                torch.addcmul(u_t, before, k_t, value=-1, out=residual)
+            torch.addcmul(before, gain, residual, out=after)
+        return cls(u, eps, q, k, gains, states, residuals, exact)
 
-def _backward_chunk(
-    streams: tuple[Tensor, Tensor, Tensor, Tensor],
-    states: list[Tensor],
-    adjoint: Tensor,
-    exact: bool,
-    dy: Tensor,
-    du: Tensor,
-    deps: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-) -> Tensor:
-    """Fill du, deps, dq, dk (without D's, the gate's and Σk²'s part) and return the adjoint before the chunk."""
-    steps = list(zip(*(s.unbind(1) for s in streams), strict=True))
-    for t in reversed(range(len(steps))):
-        (u, eps, q, k), before, dy_t = steps[t], states[t], dy[:, t]
-        k_row, k_col = k.unsqueeze(1), k.unsqueeze(2)
-        g = torch.addcmul(adjoint, dy_t.unsqueeze(2), q.unsqueeze(1))
-        dq[:, t] = torch.bmm(dy_t.unsqueeze(1), states[t + 1]).squeeze(1)
-        if exact:
-            residual = u - torch.bmm(before, k_col).squeeze(2)
-            gk = torch.bmm(g, k_col).squeeze(2)
-            deps[:, t], du[:, t] = gk * residual, eps * gk
-            dk_t = torch.bmm((eps * residual).unsqueeze(1), g)
-            dk_t = dk_t.baddbmm_((eps * gk).unsqueeze(1), before, alpha=-1)
-            adjoint = torch.addcmul(g, (eps * gk).unsqueeze(2), k_row, value=-1)
-        else:
-            gr = g * torch.addcmul(u.unsqueeze(2), before, k_row, value=-1)
-            gk = g * k_row
-            deps[:, t], du[:, t] = torch.bmm(gr, k_col).squeeze(2), eps * gk.sum(2)
-            dk_t = torch.bmm(eps.unsqueeze(1), gr.addcmul_(gk, before, value=-1))
-            adjoint = torch.addcmul(g, eps.unsqueeze(2) * k_row, gk, value=-1)
-        dk[:, t] = dk_t.squeeze(1)
-    return adjoint
+    def read_out(self) -> Tensor:
+        """S·q of every step, (T, B, D)."""
+        return torch.matmul(self.states[1:], self.q.unsqueeze(3)).squeeze(3)
+
+    def walk_back(self, dy: Tensor, adjoint: Tensor) -> tuple[Tensor, ...]:
+        """From dy (T, B, D) and the adjoint after the chunk: the adjoint before it, then du, deps, dq, dk.
+
+        D's, the gate's and Σk²'s parts are left out. DESIGN §2: g = G + dy·q, and gk is g·k, summed over n for the
+        exact update.
+        """
+        g = torch.empty_like(self.states[1:])
+        gk = torch.empty_like(self.residuals)
+        eps = self.eps.unsqueeze(3)
+        views = (t.unbind(0) for t in (dy.unsqueeze(3), self.q.unsqueeze(2), self.k.unsqueeze(2), self.gains, g, gk))
+        for dy_t, q_t, k_t, gain, g_t, gk_t in reversed(list(zip(*views, strict=True))):
+            torch.addcmul(adjoint, dy_t, q_t, out=g_t)
+            if self.exact:
+                torch.bmm(g_t, k_t.mT, out=gk_t)
+            else:
+                torch.mul(g_t, k_t, out=gk_t)
+            adjoint = torch.addcmul(g_t, gain, gk_t, value=-1)
+
+        before, k_col = self.states[:-1], self.k.unsqueeze(3)
+        dq = torch.matmul(dy.unsqueeze(2), self.states[1:]).squeeze(2)
+        if self.exact:
+            deps = (gk * self.residuals).squeeze(3)
+            dk = torch.matmul((eps * self.residuals).mT, g) - torch.matmul((eps * gk).mT, before)
+            return adjoint, (eps * gk).squeeze(3), deps, dq, dk.squeeze(2)
+        du = self.eps * torch.matmul(g, k_col).squeeze(3)
+        gr = g.mul_(self.residuals)
+        deps = torch.matmul(gr, k_col).squeeze(3)
+        dk = torch.matmul(eps.mT, gr.addcmul_(gk, before, value=-1))
+        return adjoint, du, deps, dq, dk.squeeze(2)
