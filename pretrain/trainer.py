@@ -58,31 +58,40 @@ class Trainer:
         """Train to total_tokens; returns why it ended: "done" or "signal"."""
         stop = StopSignal()
         log = MetricsLog(self.config, self.mesh.world_size) if self.mesh.rank == 0 else None
-        saved_at, reason = self.progress.step, "done"
-        while self.progress.step < self.config.total_steps:
+        stopping = False
+        while not (stopping or self.finished):
             values = self.train_step()
             if log:
                 log.train_step(self.progress.step, self.progress.consumed_tokens, values)
-            step, last = self.progress.step, self.progress.step == self.config.total_steps
             stopping = self.mesh.any(stop.received)
-            if stopping or last or step % self.config.checkpoint.interval == 0:
+            saved = stopping or self._due(self.config.checkpoint.interval)
+            if saved:
                 self.save()
-                saved_at = step
-            if self.validation and not stopping and (last or step % self.config.eval.interval == 0):
-                loss = self.validation.measure(self.engine)
-                if log:
-                    log.validation(step, loss)
-            if log and (saved_at == step or step % max(self.config.eval.interval, 1) == 0):
+            validated = not stopping and self._validate_if_due(log)
+            if log and (saved or validated):
                 log.resume_clock()
-            if stopping and not last:
-                reason = "signal"
-                break
+        reason = "done" if self.finished else "signal"
         if log:
             log.close()
             write_status(self.run_dir, reason, self.progress.step)
             if reason == "done":
                 write_durably(self.run_dir / "DONE", b"")
         return reason
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.config.total_steps
+
+    def _due(self, interval: int) -> bool:
+        return self.finished or self.progress.step % interval == 0
+
+    def _validate_if_due(self, log: MetricsLog | None) -> bool:
+        if self.validation is None or not self._due(self.config.eval.interval):
+            return False
+        loss = self.validation.measure(self.engine)
+        if log:
+            log.validation(self.progress.step, loss)
+        return True
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch; returns its loss (nats per token), gradient norm and rate.

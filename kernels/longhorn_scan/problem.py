@@ -22,17 +22,8 @@ class Inputs(NamedTuple):
     initial_state: Tensor | None
 
 
-class Gradients(NamedTuple):
-    """One gradient for each field of `Inputs`, None where the input is None."""
-
-    u: Tensor
-    dt: Tensor
-    q: Tensor
-    k: Tensor
-    D: Tensor
-    dt_bias: Tensor
-    z: Tensor | None
-    initial_state: Tensor | None
+# One gradient for each input, None where the input is None.
+Gradients = Inputs
 
 
 @dataclass(frozen=True)

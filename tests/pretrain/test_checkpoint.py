@@ -12,7 +12,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, load_model, newest, read_manifest
 from pretrain.config import Config
 from pretrain.parallel.mesh import Mesh, init_mesh
-from pretrain.trainer import Trainer
+from pretrain.trainer import Trainer, TrainingError
 
 
 @pytest.fixture
@@ -110,6 +110,15 @@ def test_an_interrupted_save_leaves_the_one_before(config: Config, mesh: Mesh, m
     assert newest(Path(config.run_dir)).name == "step_00000001"
     trainer.save()  # the leftovers don't stand in the way
     assert newest(Path(config.run_dir)).name == "step_00000002"
+
+
+def test_a_step_that_is_not_finite_stops_the_run(config: Config, mesh: Mesh) -> None:
+    trainer = trained(config, mesh, 1)
+    with torch.no_grad():
+        trainer.engine.module.norm.weight[0] = torch.nan
+    with pytest.raises(TrainingError, match="step 2 is not finite: {'loss': nan"):
+        trainer.train_step()
+    assert trainer.progress.step == 1
 
 
 def test_another_run_is_refused_with_the_difference(config: Config, mesh: Mesh) -> None:
