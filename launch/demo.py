@@ -29,7 +29,7 @@ FOLDER = Path("demo")
 CORPUS, TOKENIZER, SHARDS = FOLDER / "corpus", FOLDER / "tokenizer.model", FOLDER / "shards"
 RUN, HF = FOLDER / "run", FOLDER / "hf"
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
-EVALUATED_TOKENS = 12 * max(CONTEXTS)  # of each document set: a minute on two cores
+EVALUATED_TOKENS = 8 * max(CONTEXTS)  # of each document set: a minute on two cores
 PROMPT = "The state of the Union"
 SAMPLE = """
 import sys, torch
