@@ -76,6 +76,9 @@ def tokenize(
     files, tokenizer = find_files(inputs), Tokenizer.load(tokenizer_source)
     paths = ShardPaths.of(prefix)
     if (manifest := _finished(paths, files, tokenizer, skip_bad, overwrite)) is not None:
+        if _parts_folder(paths).exists():  # killed after the manifest was written
+            with _work_folder(paths) as folder:
+                shutil.rmtree(folder)
         return Outcome(manifest, [], [])
     with _work_folder(paths) as folder:
         merged = ShardPaths.of(folder / "merged")

@@ -49,8 +49,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     if compiler is None:
         _warn(source, "no C++ compiler (g++ or clang++, or $CXX) was found")
         return None
-    library = cache_dir() / f"{source.stem}-{_cache_key(source, compiler)}.so"
     try:
+        library = cache_dir() / f"{source.stem}-{_cache_key(source, compiler)}.so"
         if not library.exists():
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
@@ -62,7 +62,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 def _warn(source: Path, reason: str) -> None:
     warnings.warn(
         f"{source.name} could not be built, the plain torch path runs instead (a Longhorn scan is about "
-        f"6 times slower on it): {reason.strip()}",
+        f"13 times slower on it): {reason.strip()}",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -135,8 +135,8 @@ say "$nodes nodes (${hosts[*]}) × $gpus GPUs, $config, from ${before:-the start
 
 run_step "${on_each_node[@]}" bash launch/preflight.sh "$gpus" "$config" "run_dir=$run" "$@"
 code=$?
-((terminated)) && exit 143
 ((stop)) && requeue "time limit during preflight"
+((terminated)) && exit 143
 ((code == 0)) || retry "preflight failed ($code)" "$before"
 
 run_step "${on_each_node[@]}" bash -c "$launch" "$logs" "${torchrun_options[@]}" \
@@ -148,6 +148,7 @@ if [[ -e $run/DONE ]]; then
     say "done"
     exit 0
 fi
-((terminated)) && exit 143          # Slurm itself requeues what it preempts
+((stop && code == 0)) && requeue "time limit, checkpoint saved"
+((terminated)) && exit 143 # Slurm itself requeues what it preempts
 ((code == 0)) && requeue "stopped by a signal, checkpoint saved"
 retry "training failed ($code)" "$before"

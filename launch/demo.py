@@ -67,7 +67,8 @@ def main() -> int:
 def run(console: Console, title: str, *arguments: object, threads: int = 1) -> None:
     """Run one of the project's modules, saying which. Raises CalledProcessError if it fails."""
     console.print(f"\n[bold]{title}[/bold]\n[dim]$ python -m {shlex.join(map(str, arguments))}[/dim]")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # The demo is a CPU run everywhere: its two processes would need two GPUs.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, env=environment)
 
 

@@ -98,7 +98,8 @@ def save(
     root = Path(config.run_dir) / "checkpoints"
     final, partial = root / step_name(progress.step), root / f".partial_{step_name(progress.step)}"
     if mesh.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_by_killed_save in root.glob(".partial_*"):
+            shutil.rmtree(left_by_killed_save)
         partial.mkdir(parents=True)
     dist.barrier()
     entry: RankFile | str
@@ -123,7 +124,7 @@ def save(
             versions={name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
         )
         _publish(partial, final, manifest)
-        _forget_old(root, config.checkpoint.keep_last)
+        _forget_old(final, config.checkpoint.keep_last)
     dist.barrier()
     return final
 
@@ -151,8 +152,11 @@ def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
     write_durably(final.parent.parent / "latest", final.name.encode())
 
 
-def _forget_old(root: Path, keep_last: int) -> None:
-    for folder in sorted(root.glob("step_*"))[:-keep_last]:
+def _forget_old(newest: Path, keep_last: int) -> None:
+    """Keep `newest` and the ones before it. Later ones are damaged: a run goes on from its newest sound one."""
+    folders = sorted(newest.parent.glob("step_*"))
+    place = folders.index(newest) + 1
+    for folder in folders[: max(0, place - keep_last)] + folders[place:]:
         shutil.rmtree(folder)
 
 

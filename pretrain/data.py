@@ -87,7 +87,8 @@ class TrainingData:
             create_attention_mask=False,
         )
         documents = np.arange(len(shard), dtype=np.int32)
-        return GPTDataset(shard, self.config.data.train, documents, self.num_samples, Split.train, dataset_config)
+        # Named by content: GPTDataset's cache key holds this name, and a shard may move.
+        return GPTDataset(shard, self.manifest.idx_sha256, documents, self.num_samples, Split.train, dataset_config)
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """This data-parallel rank's micro-batches of step `step` (from 0): what the model's forward takes.

@@ -1,6 +1,7 @@
 """What a run says while it trains: metrics.jsonl, a progress line, wandb, status.json."""
 
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,15 @@ class MetricsLog:
     (wandb's offline file loses up to 128 KiB on a SIGKILL.)
     """
 
-    def __init__(self, config: Config, world_size: int) -> None:
+    def __init__(self, config: Config, world_size: int, resumed_step: int) -> None:
         self.config, self.world_size = config, world_size
         self.flops_per_token = flops_per_token(config.model)
         self.peak = peak_tflops(config.log.peak_tflops)
         self.run_dir = Path(config.run_dir)
-        self.file = (self.run_dir / "metrics.jsonl").open("ab")
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_lines_after(path, resumed_step)
+        self.file = path.open("ab")
         self.wandb = self._start_wandb()
         self._since, self._tokens = time.perf_counter(), 0
 
@@ -47,11 +51,20 @@ class MetricsLog:
         return wandb.init(
             project="longhorn",
             name=self.run_dir.name,
+            id=self._wandb_id(),
+            resume="allow",
             dir=self.run_dir,
             mode=self.config.log.wandb,  # type: ignore[arg-type]  # checked by config.validate
             config=config_to_dict(self.config),
             settings=wandb.Settings(console="off", silent=True),
         )
+
+    def _wandb_id(self) -> str:
+        """One id for all of a run's starts."""
+        path = self.run_dir / "wandb_id"
+        if not path.exists():
+            write_durably(path, uuid.uuid4().hex[:8].encode())
+        return path.read_text()
 
     def train_step(self, step: int, consumed_tokens: int, values: dict[str, float]) -> None:
         """Record a step that ended at `step` and `consumed_tokens`; print a line every log.interval steps."""
@@ -94,6 +107,18 @@ class MetricsLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget steps that a crash undid, and the half line that it may have left."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and orjson.loads(line)["step"] <= step:
+                kept.append(line)
+        except orjson.JSONDecodeError:
+            continue
+    write_durably(path, b"".join(kept))
 
 
 def write_status(run_dir: Path, reason: str, step: int) -> None:

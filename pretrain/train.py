@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(parsed.config, parsed.overrides)
         return train(config)
     except (ConfigError, FileNotFoundError, ValueError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error (rank {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
         return 2
 
 
@@ -45,23 +44,24 @@ def train(config: Config) -> int:
     # Late: these take seconds, and wrong arguments must not.
     from pretrain.metrics import write_status
     from pretrain.parallel.mesh import init_mesh
-    from pretrain.trainer import Trainer
+    from pretrain.trainer import StopSignal, Trainer
 
+    stop = StopSignal()  # first of all: Slurm signals once, and building a large model takes minutes
     with init_mesh(config.parallel.tensor) as mesh:
         if rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         trainer = None
         try:
-            trainer = Trainer(config, mesh)
+            trainer = Trainer(config, mesh, stop)
             if rank == 0:
                 print(_summary(config, mesh.data_size), flush=True)
             reason = trainer.run()
         except Exception as error:
             if rank == 0:
                 write_status(run_dir, "error", trainer.progress.step if trainer else 0)
-            if isinstance(error, (ConfigError, ValueError)):
-                raise
+            if trainer is None and isinstance(error, ValueError):
+                raise  # what the user asked for does not fit, and every rank finds that out
             traceback.print_exc()
             os._exit(1)  # the others may be waiting in a collective: the launcher ends them
         if rank == 0:

@@ -46,8 +46,8 @@ def build_model(config: Config, mesh: Mesh) -> LanguageModel:
 class Trainer:
     """A run on this rank: built from its config, resumed from its newest checkpoint if there is one."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, stop: StopSignal | None = None) -> None:
+        self.config, self.mesh, self.stop = config, mesh, stop
         self.run_dir = Path(config.run_dir)
         self.data = TrainingData(config, mesh)
         self.validation = ValidationLoss(config, mesh) if config.data.valid and config.eval.interval else None
@@ -56,14 +56,13 @@ class Trainer:
 
     def run(self) -> str:
         """Train to total_tokens; returns why it ended: "done" or "signal"."""
-        stop = StopSignal()
-        log = MetricsLog(self.config, self.mesh.world_size) if self.mesh.rank == 0 else None
+        log = MetricsLog(self.config, self.mesh.world_size, self.progress.step) if self.mesh.rank == 0 else None
         stopping = False
         while not (stopping or self.finished):
             values = self.train_step()
             if log:
                 log.train_step(self.progress.step, self.progress.consumed_tokens, values)
-            stopping = self.mesh.any(stop.received)
+            stopping = self.mesh.any(self.stop is not None and self.stop.received)
             saved = stopping or self._due(self.config.checkpoint.interval)
             if saved:
                 self.save()
@@ -180,17 +179,18 @@ class ValidationLoss:
             )
 
     def measure(self, engine: ZeroEngine) -> float:
-        """Nats per token; each data-parallel rank takes an equal share, the last windows that don't divide are left."""
-        size = self.config.train.micro_batch_size
-        # Every rank runs the same number of forwards: ZeRO-3 gathers parameters in each.
-        rounds = max(1, self.count // (size * self.mesh.data_size))
+        """Nats per token over the same windows whatever the number of ranks."""
+        size, ranks = self.config.train.micro_batch_size, self.mesh.data_size
         total, scored = 0.0, 0.0
         with engine.evaluating() as model:
-            for i in range(rounds):
-                start = (i * self.mesh.data_size + self.mesh.data_rank) * size
-                indices = range(min(start, self.count - 1), min(start + size, self.count))
-                ids, targets = windows(self.stream, self.config.data.seqlen, indices)
+            # Every rank runs the same number of forwards, as ZeRO-3 gathers parameters in each: past the end, a
+            # rank runs a window and scores nothing of it.
+            for start in range(self.mesh.data_rank * size, self.count + (-self.count) % (size * ranks), size * ranks):
+                rows = range(start, min(start + size, self.count))
+                ids, targets = windows(self.stream, self.config.data.seqlen, rows or range(1))
+                if not rows:
+                    targets.fill_(IGNORED)
                 total += float(model(ids.to(self.mesh.device), targets.to(self.mesh.device)))
-                scored += targets.numel()
+                scored += float((targets != IGNORED).sum())
         total, scored = self.mesh.all_reduce([total, scored])
         return total / scored

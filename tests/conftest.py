@@ -1,9 +1,14 @@
 """What tests of several rooms share: a real shard of the suite's own text."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# The CPU suite, also on a machine with GPUs, whose processes would each want one of them; set it to test a GPU.
+# Before torch is imported.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from data_tools.tokenize import tokenize
 from data_tools.train_tokenizer import train_tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.longhorn_scan import cpu_cpp, cpu_torch
 from kernels.longhorn_scan.problem import Inputs, Sequences
@@ -34,15 +35,15 @@ def cpu_scan(
     D, dt_bias = D.to(state_dtype), dt_bias.to(state_dtype)
     initial_state = None if initial_state is None else initial_state.to(state_dtype)
     inputs = (*streams, D, dt_bias, z, initial_state)
-    out, state = _Scan.apply(Sequences.of(u, cu_seqlens), update == "exact", *inputs)
+    out, state = _Scan.apply(Sequences.of(u, cu_seqlens), update == "exact", torch.is_grad_enabled(), *inputs)
     return out.to(u.dtype), state
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sequences: Sequences, exact: bool, *inputs: Any):  # type: ignore[no-untyped-def]
+    def forward(ctx, sequences: Sequences, exact: bool, grad_enabled: bool, *inputs: Any):  # type: ignore[no-untyped-def]
         ctx.engine = cpu_cpp if cpu_cpp.available() else cpu_torch
-        keep = any(ctx.needs_input_grad)
+        keep = grad_enabled and any(ctx.needs_input_grad)  # true of parameters under no_grad too
         out, state, checkpoints = ctx.engine.forward(Inputs(*inputs), sequences, exact, keep)
         ctx.save_for_backward(checkpoints, *inputs)
         ctx.sequences, ctx.exact = sequences, exact
@@ -50,9 +51,10 @@ class _Scan(torch.autograd.Function):
         return out, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
         checkpoints, *inputs = ctx.saved_tensors
         x = Inputs(*inputs)
         dout = torch.zeros_like(x.u) if dout is None else dout
         gradients = ctx.engine.backward(x, ctx.sequences, ctx.exact, checkpoints, dout, dstate)
-        return None, None, *gradients
+        return None, None, None, *gradients

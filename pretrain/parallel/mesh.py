@@ -79,7 +79,10 @@ def join_world() -> Iterator[torch.device]:
         os.environ.setdefault(name, alone)  # DeepSpeed reads them too
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise ValueError(f"process {local_rank} of this node has no GPU: {devices} visible; start {devices}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:

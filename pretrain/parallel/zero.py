@@ -4,6 +4,7 @@ Everything that depends on DeepSpeed's insides is here: the config that works on
 where the fp32 masters and Adam's moments of each parameter lie (`fragments`, what checkpoints are made of).
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for a norm that is not finite
 
     def end_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro-batch which is not the step's last is over."""

@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or absent, verified, passed over when damaged, refused when another run's."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,43 @@ def test_a_step_that_is_not_finite_stops_the_run(config: Config, mesh: Mesh) -> 
     with pytest.raises(TrainingError, match="step 2 is not finite: {'loss': nan"):
         trainer.train_step()
     assert trainer.progress.step == 1
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_the_run(config: Config, mesh: Mesh, precision: str, zero: int) -> None:
+    """The loss is finite, one gradient is not: DeepSpeed reports that as -1, inf or NaN."""
+    config.train.precision, config.parallel.zero_stage = precision, zero
+    trainer = Trainer(config, mesh)
+    weight = trainer.engine.module.blocks[0].mixer.out_proj.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingError, match="step 1 is not finite"):
+        trainer.train_step()
+
+
+def test_damaged_later_checkpoints_do_not_crowd_out_the_sound_one(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 2)
+    config.checkpoint.keep_last = 1
+    folder = Path(config.run_dir) / "checkpoints"
+    flip_bit(folder / "step_00000002" / "rank_00000.safetensors")
+    folder.joinpath("step_00000002").rename(folder / "step_00000009")
+    trainer = Trainer(config, mesh)  # goes on from step 1
+    trainer.train_step()
+    trainer.save()
+    assert [p.name for p in folder.iterdir()] == ["step_00000002"]
+    assert (Path(config.run_dir) / "latest").read_text() == "step_00000002"
+
+
+def test_a_shard_may_move(config: Config, mesh: Mesh, tmp_path: Path) -> None:
+    trained(config, mesh, 1)
+    source = Path(config.data.train)
+    for file in source.parent.glob(f"{source.name}.*"):
+        shutil.copy(file, tmp_path / file.name)
+    config.data.train = str(tmp_path / source.name)
+    cache = Path(config.run_dir) / "data_cache"
+    before = sorted(str(p) for p in cache.rglob("*"))
+    assert Trainer(config, mesh).progress.step == 1
+    assert sorted(str(p) for p in cache.rglob("*")) == before
 
 
 def test_another_run_is_refused_with_the_difference(config: Config, mesh: Mesh) -> None:

@@ -53,6 +53,8 @@ def test_a_signal_saves_and_the_next_start_goes_on_as_if_nothing_happened(comman
     assert status["reason"] == "signal" and 3 <= status["step"] < 300
     assert (cut / "latest").read_text() == f"step_{status['step']:08d}" and not (cut / "DONE").exists()
 
+    with (cut / "metrics.jsonl").open("a") as file:  # what a crash after the checkpoint leaves
+        file.write('{"step": 299, "consumed_tokens": 1, "loss": 9, "grad_norm": 9, "lr": 9}\n{"step": 3')
     subprocess.run([*command, f"run_dir={cut}"], check=True, stdout=subprocess.DEVNULL)
     assert (cut / "DONE").exists()
     kept = ("step", "consumed_tokens", "loss", "grad_norm", "lr")
