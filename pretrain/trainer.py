@@ -189,7 +189,7 @@ class ValidationLoss:
                 rows = range(start, min(start + size, self.count))
                 ids, targets = windows(self.stream, self.config.data.seqlen, rows or range(1))
                 if not rows:
-                    targets.fill_(IGNORED)
+                    targets = torch.full_like(targets, IGNORED)
                 total += float(model(ids.to(self.mesh.device), targets.to(self.mesh.device)))
                 scored += float((targets != IGNORED).sum())
         total, scored = self.mesh.all_reduce([total, scored])
