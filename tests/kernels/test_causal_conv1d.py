@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -17,16 +16,7 @@ D_INNER = 37  # no multiple of a vector
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(autouse=True)
-def _poison_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an op reads before it writes is NaN."""
-
-    def poisoned(make: Callable, *args, **kwargs) -> Tensor:
-        buffer = make(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, partial(poisoned, getattr(torch, name)))
+pytestmark = pytest.mark.usefixtures("poison_buffers")
 
 
 @pytest.fixture(params=["reference", "cpu", "cpu-without-compiler"])

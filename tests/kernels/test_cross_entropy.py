@@ -1,7 +1,6 @@
 """Losses and gradients against float64 autograd of the definition, with all logits at once."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -13,16 +12,7 @@ PADDED, VOCAB, D_MODEL = 128, 101, 37
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(autouse=True)
-def _poison_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an op reads before it writes is NaN."""
-
-    def poisoned(make: Callable, *args, **kwargs) -> Tensor:
-        buffer = make(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, partial(poisoned, getattr(torch, name)))
+pytestmark = pytest.mark.usefixtures("poison_buffers")
 
 
 def make(

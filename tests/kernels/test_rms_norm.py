@@ -1,8 +1,6 @@
 """Outputs and gradients against float64 autograd of the definition."""
 
 import shutil
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -14,16 +12,7 @@ EPS = 1e-5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(autouse=True)
-def _poison_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an op reads before it writes is NaN."""
-
-    def poisoned(make: Callable, *args, **kwargs) -> Tensor:
-        buffer = make(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, partial(poisoned, getattr(torch, name)))
+pytestmark = pytest.mark.usefixtures("poison_buffers")
 
 
 @pytest.fixture(params=["cpp", "torch"])
