@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.cross_entropy.chunked import CHUNK_LOGITS_ELSEWHERE, MIN_CHUNK
+from kernels.cross_entropy.chunked import CHUNK_TOKENS
 from longhorn_layers.config import LonghornConfig, ModelConfig
 from longhorn_layers.model import LanguageModel
 from pretrain.config import Config
@@ -105,16 +105,13 @@ def block_activation_bytes(model: ModelConfig, precision: str, tensor: int) -> f
 
 
 def head_bytes(config: Config) -> int:
-    """The logits that exist at once with their gradient, and the head's gradients."""
-    model, tensor = config.model, config.parallel.tensor
-    tokens = config.train.micro_batch_size * config.data.seqlen
+    """A chunk's logits, which become their gradient in place, and the head's gradients, on one tensor-parallel rank."""
+    model, tokens = config.model, config.train.micro_batch_size * config.data.seqlen
+    rows = model.padded_vocab_size // config.parallel.tensor
     width = FP32 if config.train.precision == "fp32" else BF16
-    if tensor > 1:  # all tokens' logits of a range of words, in fp32 turned into softmax; dlogits
-        return tokens * (FP32 + width) * (model.padded_vocab_size // tensor + model.d_model)
-    chunk = min(tokens, max(MIN_CHUNK, CHUNK_LOGITS_ELSEWHERE // model.vocab_size))
-    logits = chunk * model.vocab_size * 2 * FP32  # beside their log-softmax
-    # Its gradient, and that scaled by the backward; its copy for matmuls, and a chunk's gradient.
-    weight = model.padded_vocab_size * model.d_model * 2 * (FP32 + width)
+    logits = min(tokens, CHUNK_TOKENS) * rows * width
+    # The fp32 sum over chunks, and that scaled by the backward; in bf16 also the copy for matmuls, or the gradient's.
+    weight = rows * model.d_model * (2 * FP32 + (0 if width == FP32 else BF16))
     hidden = tokens * model.d_model * 2 * FP32
     return logits + weight + hidden
 

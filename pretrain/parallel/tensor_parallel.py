@@ -8,11 +8,11 @@ them. Unmarked shards train silently wrong (DESIGN §10), so `audit` compares ma
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from kernels.cross_entropy import VocabShard, linear_cross_entropy
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel, LMHead
 from pretrain.parallel.mesh import Mesh
@@ -115,24 +116,36 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Each rank's logits are a range of the vocabulary; the softmax runs over all ranks."""
+    """Each rank's logits are a range of the vocabulary, made for some tokens at a time; the softmax runs over all."""
 
     def __init__(self, head: LMHead, mesh: Mesh) -> None:
         super().__init__()
         self.weight = shard_parameter(head.weight, mesh, dim=0)
-        first = mesh.tensor_rank * self.weight.shape[0]
-        self.vocab_size = min(max(head.vocab_size - first, 0), self.weight.shape[0])  # the rest is padding
+        self.vocab_size = head.vocab_size  # of all ranks: words from here on are padding
+        self.first = mesh.tensor_rank * self.weight.shape[0]
+        self.mesh = mesh
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
         if targets is None:
             raise NotImplementedError("logits under tensor parallelism; load the checkpoint on one device instead")
+        # The gradient that each rank's words give hidden is summed over ranks by the copy's backward.
         hidden = copy_to_tensor_model_parallel_region(hidden.to(self.weight.dtype))
-        logits = F.linear(hidden, self.weight).float()
-        logits[..., self.vocab_size :] = -torch.inf
-        counted = targets != -100
-        # megatron-core's op subtracts the maximum in place of its input, which nothing else reads.
-        losses = vocab_parallel_cross_entropy(logits, targets.masked_fill(~counted, 0)) * counted
-        return losses.sum() if reduction == "sum" else losses
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            vocab_size=self.vocab_size,
+            reduction=reduction,
+            shard=VocabShard(self.first, self._gather),
+        )
+
+    def _gather(self, statistics: Tensor) -> Tensor:
+        """All ranks' statistics, stacked; gloo takes them only end to end."""
+        gathered = statistics.new_empty(self.mesh.tensor_size * len(statistics), *statistics.shape[1:])
+        dist.all_gather_into_tensor(gathered, statistics, group=self.mesh.tensor_group)
+        return gathered.unflatten(0, (self.mesh.tensor_size, -1))
 
 
 Plan = Callable[[Any, Mesh], None]

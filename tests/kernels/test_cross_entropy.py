@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import chunked, cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import VocabShard, chunked, cross_entropy, linear_cross_entropy
 
 PADDED, VOCAB, D_MODEL = 128, 101, 37
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 pytestmark = pytest.mark.usefixtures("poison_buffers")
@@ -26,18 +26,20 @@ def make(
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def expected(logits: Tensor, targets: Tensor) -> Tensor:
+def expected(logits: Tensor, targets: Tensor, vocab_size: int = VOCAB) -> Tensor:
     """Per-token losses, with the padding's logits at -inf as a model would hand them out."""
-    padding = torch.arange(logits.shape[-1]) >= VOCAB
+    padding = torch.arange(logits.shape[-1]) >= vocab_size
     logits = logits.masked_fill(padding, float("-inf"))
     chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (logits.logsumexp(-1) - chosen) * (targets != -100)
 
 
-def expected_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expected_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, seed: Tensor, vocab_size: int = VOCAB
+) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, gradient of hidden, gradient of weight) in float64."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    losses = expected(hidden @ weight.t(), targets)
+    losses = expected(hidden @ weight.t(), targets, vocab_size)
     return losses.detach(), *torch.autograd.grad(losses, (hidden, weight), seed.double())
 
 
@@ -176,13 +178,13 @@ def test_backward_twice_gives_the_same() -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_never_makes_all_logits(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, log_softmax = [], torch.log_softmax
+    rows, mm = [], torch.mm
 
-    def counting(logits: Tensor, dim: int) -> Tensor:
-        rows.append(len(logits))
-        return log_softmax(logits, dim)
+    def counting(hidden: Tensor, head: Tensor, *, out: Tensor) -> Tensor:
+        rows.append(len(out))
+        return mm(hidden, head, out=out)
 
-    monkeypatch.setattr(torch, "log_softmax", counting)
+    monkeypatch.setattr(torch, "mm", counting)
     hidden, weight, targets = make((2, 50))
     loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, chunk_size=30)
     loss.sum().backward()
@@ -195,6 +197,36 @@ def test_without_gradients_only_losses_are_made(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(chunked._Gradients, "add")
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, targets), exact)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_nan_reaches_its_tokens_loss(ranks: int | None) -> None:
+    hidden, weight, targets = make(dtype=torch.float64)
+    with torch.no_grad():
+        hidden[1, 5], targets[1, 5:7] = torch.nan, torch.tensor([3, 4])
+    if ranks is None:
+        losses = [linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, reduction="none")]
+    else:
+        losses = [rank[0] for rank in run_shards(hidden, weight, targets, ranks, VOCAB, reduction="none")]
+    for loss in losses:
+        assert loss[1, 5].isnan() and loss.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_ignored_tokens_nan_moves_neither_loss_nor_its_gradient(reduction: str) -> None:
+    hidden, weight, targets = make()
+    with torch.no_grad():
+        hidden[1, 5], targets[1, 5] = torch.nan, -100
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB, reduction=reduction)
+    dhidden, dweight = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert loss.isfinite().all() and dhidden.isfinite().all() and (dhidden[1, 5] == 0).all()
+    assert dweight[:VOCAB].isnan().all()  # 0·NaN: the NaN is not hidden
+
+
+def test_default_chunks_suit_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chunked._default_chunk(cpu, rows) for rows in (512, 4096, 32000, 10**7)] == [2048, 256, 128, 128]
+    assert chunked._default_chunk(gpu, 32000) == 2048
 
 
 def test_views_and_single_tokens() -> None:
@@ -215,6 +247,113 @@ def test_no_tokens() -> None:
     loss = linear_cross_entropy(hidden, weight, targets)
     dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     assert loss == 0 and dhidden.shape == hidden.shape and (dweight == 0).all()
+
+
+def run_shards(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ranks: int, vocab_size: int, seed: Tensor | None = None, **options
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(loss, hidden's part of the gradient, its rows' gradient) of each rank, one rank after the other.
+
+    A first walk writes down what each rank hands to its gather, which nothing gathered can change;
+    the second gives every rank all of it, as the processes would get it.
+    """
+    rows = len(weight) // ranks
+    sent: list[list[Tensor]] = [[] for _ in range(ranks)]
+
+    def run(rank: int, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        part = weight.detach()[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+        shard = VocabShard(rank * rows, gather)
+        loss = linear_cross_entropy(hidden, part, targets, vocab_size=vocab_size, shard=shard, **options)
+        gradients = torch.autograd.grad(loss, (hidden, part), torch.ones_like(loss) if seed is None else seed.to(loss))
+        return loss.detach(), *gradients
+
+    def second(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        chunks = zip(*sent, strict=True)  # every rank has come as often
+
+        def gather(statistics: Tensor) -> Tensor:
+            parts = next(chunks)
+            assert torch.equal(statistics.nan_to_num(), parts[rank].nan_to_num())
+            return torch.stack(parts)
+
+        result = run(rank, gather)
+        assert next(chunks, None) is None
+        return result
+
+    for rank, ours in enumerate(sent):
+        run(rank, lambda statistics, ours=ours: (ours.append(statistics.clone()), statistics.unsqueeze(0))[1])
+    return [second(rank) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("chunk_size", [7, None])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_vocabulary_over_ranks(dtype: torch.dtype, ranks: int, chunk_size: int | None, reduction: str) -> None:
+    hidden, weight, targets = make(dtype=dtype)
+    seed = torch.randn(targets.shape) if reduction == "none" else torch.ones(targets.shape)
+    results = run_shards(
+        *(hidden, weight, targets, ranks, VOCAB),
+        seed=seed if reduction == "none" else None,
+        reduction=reduction,
+        chunk_size=chunk_size,
+    )
+    losses, dhidden, dweight = expected_gradients(hidden, weight, targets, seed)
+    for loss, _, _ in results:
+        assert_close(loss, losses if reduction == "none" else losses.sum(), TOLERANCE[dtype])
+        assert torch.equal(loss, results[0][0])
+    assert_close(sum(part.double() for _, part, _ in results), dhidden, TOLERANCE[dtype])
+    assert_close(torch.cat([rows for _, _, rows in results]), dweight, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ranks_without_words_or_targets(reduction: str) -> None:
+    """Padding may fill the last ranks; all targets may lie on one, or be ignored."""
+    hidden, weight, _ = make(dtype=torch.float64)
+    targets = torch.full(hidden.shape[:-1], 3)
+    targets[0] = -100
+    results = run_shards(hidden, weight, targets, 4, 32, reduction="none")
+    losses, dhidden, dweight = expected_gradients(hidden, weight, targets, torch.ones(targets.shape), 32)
+    for loss, _, _ in results:
+        assert_close(loss, losses, 1e-12)
+    assert_close(sum(part for _, part, _ in results), dhidden, 1e-12)
+    assert_close(results[0][2], dweight[:32], 1e-12)
+    assert all((part == 0).all() and (rows == 0).all() for _, part, rows in results[1:])
+
+    ignored = torch.full_like(targets, -100)
+    for tensors in run_shards(hidden, weight, ignored, 4, 32, reduction=reduction):
+        assert all((t == 0).all() for t in tensors)
+
+
+def test_extreme_logits_over_ranks() -> None:
+    hidden, weight, targets = make(scale=2000.0)  # of about ±1e4: a rank's maximum is far below the others'
+    results = run_shards(hidden, weight, targets, 4, VOCAB)
+    losses, dhidden, dweight = expected_gradients(hidden, weight, targets, torch.ones(targets.shape))
+    assert_close(results[0][0], losses.sum(), 1e-5)
+    assert_close(sum(part for _, part, _ in results), dhidden, 1e-3)
+    assert_close(torch.cat([rows for _, _, rows in results]), dweight, 1e-3)
+
+
+def test_logits_of_minus_infinity_on_one_rank() -> None:
+    hidden, weight, targets = make(dtype=torch.float64)
+    with torch.no_grad():
+        hidden.abs_()
+        weight[64:] = -torch.inf
+    targets = targets.clamp(min=0) % 64
+    exact, _, _ = expected_gradients(hidden, weight[:64], targets, torch.ones(targets.shape), 64)
+    for loss, _, _ in run_shards(hidden, weight, targets, 2, 128, reduction="none"):
+        assert_close(loss, exact, 1e-12)
+
+
+def test_ranks_with_fewer_words_take_the_same_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_STEP", 1)
+    monkeypatch.setattr(chunked, "CPU_CHUNK_LOGITS", 320)
+    hidden, weight, targets = make()
+    calls = []
+    for first in (0, 96):
+        shard = VocabShard(first, lambda s, first=first: (calls.append((first, s.shape)), s.unsqueeze(0))[1])
+        linear_cross_entropy(hidden, weight[:32], targets, vocab_size=VOCAB, shard=shard)
+    assert [shape for first, shape in calls if first == 0] == [(3, 10), (3, 10), (3, 10), (3, 9)]
+    assert [shape for first, shape in calls if first == 96] == [(3, 10), (3, 10), (3, 10), (3, 9)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -243,6 +382,10 @@ def test_cross_entropy_of_logits(dtype: torch.dtype) -> None:
         ({"vocab_size": 129}, r"vocab_size must be in 1…128 \(padded_vocab\), not 129"),
         ({"reduction": "mean"}, "reduction must be 'sum' or 'none', not 'mean'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
+        ({"backend": "gpu"}, "backend must be one of .*'triton'.*, not 'gpu'"),
+        ({"hidden": torch.ones(2, 37, device="meta")}, "on one device, not meta, cpu, cpu"),
+        ({"shard": VocabShard(0, torch.clone), "vocab_size": None}, "a shard needs vocab_size, .* not None and 0"),
+        ({"shard": VocabShard(-1, torch.clone)}, "first word of at least 0, not 101 and -1"),
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:
