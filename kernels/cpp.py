@@ -1,13 +1,15 @@
 """Build a C++ source once, on the machine that runs it, and load it with ctypes.
 
 `-march=native` makes the result fit one kind of processor only, so the cache key holds the processor's
-features beside the source, the flags and the compiler: a home folder shared by different nodes is safe.
+features beside the source with what it includes, the flags and the compiler: a home folder shared by
+different nodes is safe, and so is a change in a shared header.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -61,8 +63,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 
 def _warn(source: Path, reason: str) -> None:
     warnings.warn(
-        f"{source.name} could not be built, the plain torch path runs instead (a Longhorn scan is about "
-        f"13 times slower on it): {reason.strip()}",
+        f"{source.parent.name}/{source.name} could not be built, the plain torch path runs instead (a scan is about "
+        f"ten times slower on it): {reason.strip()}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -75,8 +77,21 @@ def find_compiler() -> str | None:
 
 def _cache_key(source: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = [source.read_text(), " ".join(FLAGS), version.stdout, _processor()]
+    parts = [*_texts(source), " ".join(FLAGS), version.stdout, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _texts(source: Path) -> list[str]:
+    """`source` and every header of ours that it includes, directly or not, each once."""
+    texts: dict[Path, str] = {}
+    pending = [source.resolve()]
+    while pending:
+        path = pending.pop()
+        if path not in texts:
+            texts[path] = path.read_text()
+            included = re.findall(r'^\s*#\s*include\s*"(.+?)"', texts[path], re.MULTILINE)
+            pending += [(path.parent / name).resolve() for name in included]
+    return list(texts.values())
 
 
 def _processor() -> str:

@@ -1,16 +1,15 @@
 """Longhorn's recurrence (arXiv 2407.14207): the maths, the backends and their costs are in README.md beside this."""
 
-import torch
 from torch import Tensor
 
 from kernels.longhorn_scan.cpu import cpu_scan
 from kernels.longhorn_scan.reference import longhorn_scan_reference
 from kernels.longhorn_scan.step import longhorn_step
+from kernels.scan.checks import BACKENDS, check_tensors, choose_backend
 
 __all__ = ["BACKENDS", "UPDATES", "longhorn_scan", "longhorn_scan_reference", "longhorn_step"]
 
 UPDATES = ("diagonal", "exact")
-BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def longhorn_scan(
@@ -50,11 +49,18 @@ def longhorn_scan(
         (batch or n_seq, d_inner, d_state), fp64 for fp64 u, else fp32. Both are differentiable in every input.
 
     Raises:
-        ValueError: a shape, `update`, `backend` or `cu_seqlens` that does not fit.
+        ValueError: a shape, a device, `update`, `backend` or `cu_seqlens` that does not fit.
     """
-    _check(u, dt, q, k, D, dt_bias, z, initial_state, cu_seqlens, update, backend)
-    if backend == "auto":
-        backend = "triton" if u.is_cuda else "cpu"
+    if update not in UPDATES:
+        raise ValueError(f"update must be one of {UPDATES}, got {update!r}")
+    backend = choose_backend(backend, u)
+    check_tensors(
+        *(u, k.shape[-1], cu_seqlens),
+        streams={"dt": dt, "z": z},
+        rows={"q": q, "k": k},
+        vectors={"D": D, "dt_bias": dt_bias},
+        initial_state=initial_state,
+    )
     if backend == "reference":
         out, state = longhorn_scan_reference(
             *(u, dt, q, k),
@@ -71,40 +77,3 @@ def longhorn_scan(
             from kernels.longhorn_scan.triton import triton_scan as scan
         out, state = scan(u, dt, q, k, D, dt_bias, z, initial_state, cu_seqlens, update)
     return (out, state) if return_final_state else out
-
-
-def _check(u, dt, q, k, D, dt_bias, z, initial_state, cu_seqlens, update, backend) -> None:  # type: ignore[no-untyped-def]
-    if update not in UPDATES:
-        raise ValueError(f"update must be one of {UPDATES}, got {update!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if u.dim() != 3:
-        raise ValueError(f"u must be (batch, seqlen, d_inner), got shape {tuple(u.shape)}")
-    (batch, seqlen, d_inner), d_state = u.shape, k.shape[-1]
-    n_seq = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    expected = {
-        "dt": (dt, (batch, seqlen, d_inner)),
-        "z": (z, (batch, seqlen, d_inner)),
-        "q": (q, (batch, seqlen, d_state)),
-        "k": (k, (batch, seqlen, d_state)),
-        "D": (D, (d_inner,)),
-        "dt_bias": (dt_bias, (d_inner,)),
-        "initial_state": (initial_state, (n_seq, d_inner, d_state)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, batch, seqlen)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be int32 (n_seq + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if batch != 1:
-        raise ValueError(f"cu_seqlens packs documents into a batch of 1, got batch {batch}")
-    if cu_seqlens.is_cuda:
-        return  # reading the values would wait for the GPU at every layer
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to seqlen {seqlen}, got {bounds[:4]}…{bounds[-2:]}")

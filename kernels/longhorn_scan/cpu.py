@@ -1,17 +1,15 @@
 """The CPU backend: a custom backward with checkpointed states, in C++ where a compiler is found, else in torch.
 
-autograd's own record of the loop over time would keep every state (B·L·D·N numbers). Both engines keep one
-state in CHUNK steps and rebuild the others in the backward (formulas: DESIGN §2).
+Both engines keep one state in CHUNK steps and rebuild the others in the backward (formulas: README.md).
 """
 
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.longhorn_scan import cpu_cpp, cpu_torch
 from kernels.longhorn_scan.problem import Inputs, Sequences
+from kernels.scan.cpu import checkpointed_scan, computed_dtype, stored_dtype
 
 
 def cpu_scan(
@@ -27,34 +25,20 @@ def cpu_scan(
     update: str,
 ) -> tuple[Tensor, Tensor]:
     """`longhorn_scan`'s contract after its checks; always returns (out, final state)."""
-    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    stream_dtype = u.dtype if u.dtype in cpu_cpp.DTYPES else torch.float32
-    streams = [t.to(stream_dtype) for t in (u, dt, q, k)]
-    z = None if z is None else z.to(stream_dtype)
-    D, dt_bias = (u.new_zeros(u.shape[2], dtype=state_dtype) if p is None else p for p in (D, dt_bias))
-    D, dt_bias = D.to(state_dtype), dt_bias.to(state_dtype)
-    initial_state = None if initial_state is None else initial_state.to(state_dtype)
-    inputs = (*streams, D, dt_bias, z, initial_state)
-    out, state = _Scan.apply(Sequences.of(u, cu_seqlens), update == "exact", torch.is_grad_enabled(), *inputs)
+    dtype, stored = computed_dtype(u), stored_dtype(u, dt, q, k, z)
+    D, dt_bias = (u.new_zeros(u.shape[2], dtype=dtype) if p is None else p.to(dtype) for p in (D, dt_bias))
+    inputs = Inputs(
+        u=u.to(stored),
+        dt=dt.to(stored),
+        q=q.to(stored),
+        k=k.to(stored),
+        D=D,
+        dt_bias=dt_bias,
+        z=None if z is None else z.to(stored),
+        initial_state=None if initial_state is None else initial_state.to(dtype),
+    )
+    engine = cpu_cpp if cpu_cpp.available() else cpu_torch
+    options = {"sequences": Sequences.of(u, cu_seqlens), "exact": update == "exact"}
+    forward, backward = partial(engine.forward, **options), partial(engine.backward, **options)
+    out, state = checkpointed_scan(forward, backward, inputs)
     return out.to(u.dtype), state
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sequences: Sequences, exact: bool, grad_enabled: bool, *inputs: Any):  # type: ignore[no-untyped-def]
-        ctx.engine = cpu_cpp if cpu_cpp.available() else cpu_torch
-        keep = grad_enabled and any(ctx.needs_input_grad)  # true of parameters under no_grad too
-        out, state, checkpoints = ctx.engine.forward(Inputs(*inputs), sequences, exact, keep)
-        ctx.save_for_backward(checkpoints, *inputs)
-        ctx.sequences, ctx.exact = sequences, exact
-        ctx.set_materialize_grads(False)
-        return out, state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
-        checkpoints, *inputs = ctx.saved_tensors
-        x = Inputs(*inputs)
-        dout = torch.zeros_like(x.u) if dout is None else dout
-        gradients = ctx.engine.backward(x, ctx.sequences, ctx.exact, checkpoints, dout, dstate)
-        return None, None, None, *gradients

@@ -1,10 +1,11 @@
 """The oracle: Longhorn's recurrence as a plain loop over time, differentiated by autograd."""
 
-from itertools import pairwise
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.scan.reference import skip_and_gate, walk_documents
 
 MIN_DT = -80.0  # below it sigmoid(dt) is 0 in fp32 for all purposes, and exp(-dt) would overflow to inf
 
@@ -50,22 +51,8 @@ def longhorn_scan_reference(
         x = x + dt_bias.to(dtype)
     eps = step_size(x, kf)
 
-    if cu_seqlens is None:
-        y, state = _walk(uf, eps, qf, kf, initial_state, update)
-    else:
-        bounds = cu_seqlens.tolist()
-        walked = []
-        for i, (start, end) in enumerate(pairwise(bounds)):
-            initial = None if initial_state is None else initial_state[i : i + 1]
-            span = slice(start, end)
-            walked.append(_walk(uf[:, span], eps[:, span], qf[:, span], kf[:, span], initial, update))
-        y = torch.cat([y for y, _ in walked], dim=1)
-        state = torch.cat([state for _, state in walked])
-
-    if D is not None:
-        y = y + D.to(dtype) * uf
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
+    y, state = walk_documents(partial(_walk, update=update), (uf, eps, qf, kf), initial_state, cu_seqlens)
+    y = skip_and_gate(y, uf, D, z)
     return y.to(u.dtype), state
 
 

@@ -81,7 +81,8 @@ def assert_matches_reference(
             assert found[name].dtype == inputs[name].dtype, name
         error = (found[name].detach().cpu().double() - want).norm()
         errors[name] = (error / want.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    assert all(error <= tolerance for error in errors.values()), errors  # NaN fails
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}  # so written that NaN fails
+    assert not wrong, wrong
 
 
 @pytest.fixture
@@ -103,8 +104,11 @@ def as_shipped(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def scan(as_shipped: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The same with blocks so small that small inputs span several of each kind."""
-    for name, value in {"CHUNK": 8, "BLOCK_D": 16, "NUM_WARPS": 1, "SEQUENCES_PER_LAUNCH": 3}.items():
-        monkeypatch.setattr(as_shipped, name, value)
+    import kernels.scan.triton_walk as walk
+
+    monkeypatch.setattr(walk, "CHUNK", 8)
+    monkeypatch.setattr(as_shipped, "CHUNK", 8)
+    monkeypatch.setattr(as_shipped, "PROGRAMS_PER_LAUNCH", 3)
     return as_shipped
 
 
@@ -185,7 +189,8 @@ class TestTritonScan:
     def test_saturated_gates(self, scan: ModuleType, name: str, value: float, update: str) -> None:
         inputs = make_inputs(B=1, L=8, D=3, N=2)
         inputs[name][:, ::2] = value  # dt = −100 is below the clamp
-        assert_matches_reference(scan, inputs, update)
+        # dt_bias's gradient is a sum of four terms that cancel to a fortieth of their size.
+        assert_matches_reference(scan, inputs, update, tolerance=5e-6)
 
     def test_everything_saturated(self, scan: ModuleType) -> None:
         inputs = make_inputs(B=1, L=4, D=3, N=2)

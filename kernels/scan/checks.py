@@ -1,0 +1,73 @@
+"""What the public scans refuse, in words that name the argument."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def choose_backend(backend: str, u: Tensor) -> str:
+    """`backend`, with "auto" resolved for u's device; ValueError if there is no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if u.is_cuda else "cpu"
+    if backend == "cpu" and u.is_cuda:
+        raise ValueError(f"backend 'cpu' needs CPU tensors, u is on {u.device}")
+    return backend
+
+
+def check_tensors(
+    u: Tensor,
+    d_state: int,
+    cu_seqlens: Tensor | None,
+    *,
+    streams: Mapping[str, Tensor | None],
+    rows: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor | None],
+    initial_state: Tensor | None,
+) -> None:
+    """ValueError for a tensor of the wrong shape or device, or for `cu_seqlens` that doesn't fit.
+
+    streams: (batch, seqlen, d_inner) like u; rows: (batch, seqlen, d_state); vectors: (d_inner,); all by name.
+    """
+    if u.dim() != 3:
+        raise ValueError(f"u must be (batch, seqlen, d_inner), got shape {tuple(u.shape)}")
+    batch, seqlen, d_inner = u.shape
+    for name, tensor in streams.items():
+        check_shape(name, tensor, (batch, seqlen, d_inner), u)
+    for name, tensor in rows.items():
+        check_shape(name, tensor, (batch, seqlen, d_state), u)
+    for name, tensor in vectors.items():
+        check_shape(name, tensor, (d_inner,), u)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, u)
+    n_seq = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    check_shape("initial_state", initial_state, (n_seq, d_inner, d_state), u)
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], u: Tensor) -> None:
+    """ValueError unless `tensor`, where there is one, has this shape and lies on u's device."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != u.device:
+        raise ValueError(f"{name} must be on u's device, {u.device}, got {tensor.device}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
+    batch, seqlen, _ = u.shape
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be int32 (n_seq + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into a batch of 1, got batch {batch}")
+    if cu_seqlens.device != u.device:
+        raise ValueError(f"cu_seqlens must be on u's device, {u.device}, got {cu_seqlens.device}")
+    if cu_seqlens.is_cuda:
+        return  # reading the values would wait for the GPU at every layer
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to seqlen {seqlen}, got {bounds[:4]}…{bounds[-2:]}")

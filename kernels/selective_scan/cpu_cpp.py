@@ -1,0 +1,73 @@
+"""The CPU walk in C++, through ctypes: strides over batch and time are walked in place, channels are contiguous."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.cpp import load_library
+from kernels.scan.native import SIZE_FIELDS, Strided, adjacent, contiguous, groups_of, pointer, sizes
+from kernels.scan.sequences import Sequences
+from kernels.selective_scan.problem import Gradients, Inputs
+
+
+def available() -> bool:
+    """Whether the C++ walk can be built here (it is, the first time this is asked)."""
+    return _library() is not None
+
+
+def forward(x: Inputs, sequences: Sequences, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, final state, checkpoints); the checkpoints only where `keep`, for a backward."""
+    d_inner, d_state = x.A.shape
+    out = torch.empty(x.u.shape, dtype=x.u.dtype)
+    final = x.A.new_empty(len(sequences), d_inner, d_state)
+    checkpoints = x.A.new_empty(sequences.n_chunks, d_state, d_inner) if keep else None
+    _call("forward", x, sequences, *(ctypes.c_void_p(pointer(t)) for t in (out, checkpoints, final)))
+    return out, final, checkpoints
+
+
+def backward(x: Inputs, sequences: Sequences, checkpoints: Tensor, dout: Tensor, dstate: Tensor | None) -> Gradients:
+    """README.md's backward: states rebuilt chunk by chunk from the checkpoints, dB and dC summed without atomics."""
+    (batch, seqlen, d_inner), d_state = x.u.shape, x.A.shape[1]
+    dout, dstate = dout.to(x.u.dtype).contiguous(), contiguous(dstate)
+    du, ddt = (torch.empty(x.u.shape, dtype=x.u.dtype) for _ in range(2))
+    dz = None if x.z is None else torch.empty(x.z.shape, dtype=x.z.dtype)
+    dinitial = None if x.initial_state is None else x.A.new_empty(x.initial_state.shape)
+    dA = x.A.new_empty(len(sequences), d_inner, d_state)
+    dB, dC = (x.A.new_empty(groups_of(d_inner), batch, seqlen, d_state) for _ in range(2))
+    dD, ddt_bias = (x.A.new_empty(len(sequences), d_inner) for _ in range(2))
+    tensors = (dout, dstate, du, ddt, dz, dinitial, dA, dB, dC, dD, ddt_bias)
+    gradients = _CGradients(*map(pointer, tensors))
+    _call("backward", x, sequences, ctypes.byref(gradients), ctypes.c_void_p(checkpoints.data_ptr()))
+    dB, dC = (t.sum(0).to(x.B.dtype) for t in (dB, dC))
+    return Gradients(du, ddt, dA.sum(0), dB, dC, dD.sum(0), ddt_bias.sum(0), dz, dinitial)
+
+
+def _library() -> ctypes.CDLL | None:
+    return load_library(Path(__file__).with_name("cpu.cpp"))
+
+
+class _CProblem(ctypes.Structure):  # `struct Problem` of cpu.cpp
+    _fields_ = [
+        *((name, Strided) for name in ("u", "dt", "B", "C", "z")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "initial_state")),
+        *SIZE_FIELDS,
+    ]
+
+
+class _CGradients(ctypes.Structure):  # `struct Gradients` of cpu.cpp
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ["dout", "dfinal_state", "du", "ddt", "dz", "dinitial_state", "dA", "dB", "dC", "dD", "ddt_bias"]
+    ]
+
+
+def _call(direction: str, x: Inputs, sequences: Sequences, *arguments: object) -> None:
+    # Bound to names, so that copies made here live until the call is over.
+    streams = [adjacent(t) for t in (x.u, x.dt, x.B, x.C, x.z)]
+    whole = [contiguous(t) for t in (x.A, x.D, x.dt_bias, x.initial_state)]
+    problem = _CProblem(*map(Strided.of, streams), *map(pointer, whole), *sizes(sequences, x.u, x.A.shape[1]))
+    function = getattr(_library(), f"selective_{direction}_{str(x.u.dtype).removeprefix('torch.')}")
+    function.restype = None
+    function(ctypes.byref(problem), *arguments)

@@ -1,0 +1,41 @@
+"""One step of the recurrence for decoding: a token per row, the state updated in place."""
+
+import torch
+from torch import Tensor
+
+from kernels.scan.reference import skip_and_gate
+from kernels.scan.step import advance_rows
+from kernels.selective_scan.reference import step_size, update_state
+
+
+@torch.no_grad()
+def selective_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """Advance `state` by one token per row, in place, and return out.
+
+    state: (rows, d_inner, d_state) fp32 (fp64 for fp64 u); u, dt, z: (batch, d_inner); A: (d_inner, d_state);
+    B, C: (batch, d_state); D, dt_bias: (d_inner,). state_indices, int (batch,): the row of `state` that each token
+    belongs to, each row at most once; −1 stands for no row (a padded slot of a serving batch): its out is 0 and no
+    state changes. Without it, token i belongs to row i. Returns out (batch, d_inner) in u's dtype. Not
+    differentiable.
+    """
+    uf, x, Af, Bf, Cf = (t.to(state.dtype) for t in (u, dt, A, B, C))
+    if dt_bias is not None:
+        x = x + dt_bias.to(state.dtype)
+
+    def advance(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = update_state(rows, uf, step_size(x), Af, Bf)
+        return rows, skip_and_gate((rows * Cf.unsqueeze(-2)).sum(-1), uf, D, z)
+
+    return advance_rows(state, state_indices, advance).to(u.dtype)
