@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.longhorn_scan.triton_kernels import channel_constants, step_size
+from kernels.longhorn_scan.triton_rule import step_size
+from kernels.scan.triton_kernels import channel_constant
+from kernels.scan.triton_scan import Inputs
 from kernels.scan.triton_walk import LANES, Walks, at, empty_tiles, load_row, strides, tile_of, walk_span
 from kernels.triton_launch import COMPILE_OPTIONS
 from kernels.triton_math import sigmoid
@@ -31,7 +33,7 @@ def _summarise_token(
     """Take one token, whose keys lie at `row`, into (local, lost); value: u, or if BACK d_out."""
     n = tl.arange(0, BLOCK_N)
     k = tl.load(row + n)[:, None]
-    eps, _ = step_size(dt, bias, norm)
+    eps, _ = step_size(dt.to(tl.float32), bias, norm)
     gain = eps[None, :] * k
     value = value.to(tl.float32)
     if BACK:
@@ -93,7 +95,7 @@ def summary_kernel(
     lane = tl.arange(0, LANES)
     d = tl.program_id(0) * LANES + lane
     in_d = d < D
-    _, bias = channel_constants(None, dt_bias, d, in_d, EVEN)
+    bias = channel_constant(dt_bias, d, in_d, EVEN)
     source = at(source, row, source_row)
     dt = at(dt, row, dt_row)
     z_start = source if z is None else at(z, row, z_row)
@@ -137,23 +139,13 @@ def join_kernel(locals, losses, boundary, entering, segments, size, BLOCK: tl.co
             state += tl.load(locals + place, mask=mask) - lost * state
 
 
-def _enter(
-    source: Tensor,
-    dt: Tensor,
-    z: Tensor | None,
-    keys: Tensor,
-    norms: Tensor,
-    dt_bias: Tensor | None,
-    boundary: Tensor | None,
-    walks: Walks,
-    back: bool,
-) -> Tensor:
-    local, lost, entering = (empty_tiles(walks, walks.count, dt.device) for _ in range(3))
+def _enter(source: Tensor, x: Inputs, z: Tensor | None, boundary: Tensor | None, walks: Walks, back: bool) -> Tensor:
+    local, lost, entering = (empty_tiles(walks, walks.count, source.device) for _ in range(3))
     size, block = entering[0].numel(), 1024
-    with torch.cuda.device_of(dt):
+    with torch.cuda.device_of(source):
         summary_kernel[walks.blocks, walks.segments - 1, walks.sequences](
-            source, dt, z, keys, norms, dt_bias, local, lost,
-            *strides(source), *strides(dt), *strides(z), walks.seqlen, walks.d_inner, walks.segment,
+            source, x.dt, z, x.rows, x.norms, x.dt_bias, local, lost,
+            *strides(source), *strides(x.dt), *strides(z), walks.seqlen, walks.d_inner, walks.segment,
             BACK=back, STEPS=STEPS, **walks.options(),
         )  # fmt: skip
         join_kernel[triton.cdiv(size, block), walks.sequences](
@@ -162,28 +154,11 @@ def _enter(
     return entering
 
 
-def states_entering(
-    u: Tensor,
-    dt: Tensor,
-    keys: Tensor,
-    norms: Tensor,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    walks: Walks,
-) -> Tensor:
+def states_entering(x: Inputs, initial: Tensor | None, walks: Walks) -> Tensor:
     """The state before each segment, as tiles; initial: tiles of the rows' own, or None for zeros."""
-    return _enter(u, dt, None, keys, norms, dt_bias, initial, walks, back=False)
+    return _enter(x.u, x, None, initial, walks, back=False)
 
 
-def adjoints_entering(
-    d_out: Tensor,
-    dt: Tensor,
-    z: Tensor | None,
-    keys: Tensor,
-    norms: Tensor,
-    dt_bias: Tensor | None,
-    d_final: Tensor | None,
-    walks: Walks,
-) -> Tensor:
+def adjoints_entering(x: Inputs, d_out: Tensor, d_final: Tensor | None, walks: Walks) -> Tensor:
     """The derivative by the state after each segment, as tiles; d_final: tiles of the rows' own, or None for zeros."""
-    return _enter(d_out, dt, z, keys, norms, dt_bias, d_final, walks, back=True)
+    return _enter(d_out, x, x.z, d_final, walks, back=True)
