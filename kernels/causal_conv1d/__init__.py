@@ -5,12 +5,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from kernels.causal_conv1d.cpu import causal_conv1d_cpu
-from kernels.causal_conv1d.reference import causal_conv1d_reference
+from kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
 
-__all__ = ["causal_conv1d", "causal_conv1d_step"]
+__all__ = ["BACKENDS", "causal_conv1d", "causal_conv1d_step"]
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def causal_conv1d(
@@ -22,7 +23,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: Literal["auto", "reference", "cpu"] = "auto",
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`out[b, t, d] = act(bias[d] + Σ_k weight[d, k]·x[b, t - d_conv + 1 + k, d])`.
 
@@ -30,8 +31,8 @@ def causal_conv1d(
     are fp32 (fp64 for fp64 x), whatever x's dtype.
 
     Args:
-        x: (batch, seqlen, d_inner). A view is fine: the cpu backend copies nothing where channels
-            are adjacent, as in one half of `in_proj`'s output.
+        x: (batch, seqlen, d_inner). A view is fine: nothing is copied where channels are adjacent,
+            as in one half of `in_proj`'s output.
         weight: (d_inner, d_conv), nn.Conv1d's squeezed; `weight[:, -1]` meets the current token.
         bias: (d_inner,).
         activation: "silu" or None.
@@ -40,24 +41,33 @@ def causal_conv1d(
         return_final_state: also return the state after the last token, in initial_state's shape
             and x's dtype: the initial_state of what follows.
         cu_seqlens: int [n_seq + 1], 0 first and seqlen last: documents packed into one row
-            (batch = 1), between which nothing flows. An empty document keeps its state.
-        backend: "reference" (plain torch, any device), "cpu" (C++), or "auto": cpu for tensors
-            there, else reference.
+            (batch = 1), between which nothing flows. An empty document keeps its state. On a GPU
+            the values are not checked: to read them would be to wait for it.
+        backend: "reference" (plain torch, any device), "cpu" (C++), "triton" (GPUs, d_conv up to
+            8), or "auto": triton on a GPU, cpu on the CPU, reference elsewhere and for fp64 on a GPU.
 
     Returns:
         out (batch, seqlen, d_inner) in x's dtype, or (out, final_state).
 
     Raises:
         ValueError: for shapes, cu_seqlens, activation or backend that don't fit, by name.
+        TypeError: for fp64 x and backend "triton".
     """
     _check_operands(x, weight, bias, activation, dims=3)
-    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, x)
-    n_seq = x.shape[0] if bounds is None else len(bounds) - 1
+    engine = _resolve(backend, x)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, x)
     if initial_state is not None:
+        n_seq = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         _check_shape("initial_state", initial_state, (n_seq, x.shape[2], weight.shape[1] - 1))
         initial_state = initial_state.to(x.dtype)
-    run = _backend(backend, x.device)
-    out, final_state = run(x, weight, bias, initial_state, bounds, activation == "silu")
+    operands, silu = (x, weight, bias, initial_state), activation == "silu"
+    if engine == "triton":  # imported late: a CPU run needs no triton
+        from kernels.causal_conv1d.triton import causal_conv1d_triton
+
+        return causal_conv1d_triton(*operands, cu_seqlens, silu, return_final_state)
+    run = causal_conv1d_cpu if engine == "cpu" else causal_conv1d_reference
+    out, final_state = run(*operands, None if cu_seqlens is None else cu_seqlens.tolist(), silu)
     return (out, final_state) if return_final_state else out
 
 
@@ -73,9 +83,11 @@ def causal_conv1d_step(
 ) -> Tensor:
     """One token of `causal_conv1d` per row: the state moves on in place. No gradients.
 
+    On a GPU one kernel (plain torch for fp64), which a CUDA graph may hold.
+
     Args:
-        state: (n_states, d_inner, d_conv - 1) as `causal_conv1d` returns it; n_states = batch
-            unless state_indices is given.
+        state: (n_states, d_inner, d_conv - 1) as `causal_conv1d` returns it, with any strides;
+            n_states = batch unless state_indices is given.
         x: (batch, d_inner).
         weight, bias, activation: as in `causal_conv1d`.
         state_indices: int (batch,), the row of `state` that each row of x belongs to, each at most
@@ -92,30 +104,24 @@ def causal_conv1d_step(
     _check_shape("state", state, (n_states, x.shape[1], weight.shape[1] - 1))
     if state_indices is not None:
         _check_shape("state_indices", state_indices, x.shape[:1])
-        used = state_indices >= 0
-        rows = state_indices[used].long()
-        out, selected = torch.zeros_like(x), state[rows]
-        out[used] = causal_conv1d_step(selected, x[used], weight, bias, activation=activation)
-        state[rows] = selected
-        return out
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    window = torch.cat([state.to(sums), x.to(sums).unsqueeze(-1)], dim=-1)
-    state.copy_(window[..., 1:])
-    out = (window * weight.to(sums)).sum(-1)
-    if bias is not None:
-        out += bias.to(sums)
-    return (silu(out) if activation == "silu" else out).to(x.dtype)
+    if x.is_cuda and x.dtype != torch.float64:
+        from kernels.causal_conv1d.triton import causal_conv1d_step_triton
+
+        return causal_conv1d_step_triton(state, x, weight, bias, state_indices, activation == "silu")
+    return causal_conv1d_step_reference(state, x, weight, bias, state_indices, activation == "silu")
 
 
-def _backend(name: str, device: torch.device):
-    if name == "auto":
-        name = "cpu" if device.type == "cpu" else "reference"
-    backends = {"reference": causal_conv1d_reference, "cpu": causal_conv1d_cpu}
-    if name not in backends:
-        raise ValueError(f"backend must be 'auto', 'reference' or 'cpu', not {name!r}")
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, x is on {device}")
-    return backends[name]
+def _resolve(backend: str, x: Tensor) -> str:
+    """The backend's name, none of them "auto"; ValueError if it is unknown or x is not where it runs."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+    if backend == "auto":
+        if x.device.type == "cpu":
+            return "cpu"
+        return "triton" if x.is_cuda and x.dtype != torch.float64 else "reference"
+    if backend == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, x is on {x.device}")
+    return backend
 
 
 def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *, dims: int) -> None:
@@ -136,10 +142,14 @@ def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
-def _document_bounds(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    bounds, (batch, seqlen, _) = cu_seqlens.tolist(), x.shape
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    batch, seqlen, _ = x.shape
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int (n_seq + 1,), not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs documents into a batch of 1, x has batch {batch}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
+    if cu_seqlens.is_cuda:
+        return  # reading the values would wait for the GPU at every layer
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to seqlen = {seqlen}, not be {bounds}")
-    return bounds

@@ -28,6 +28,26 @@ def causal_conv1d_reference(
     return torch.cat(outs, dim=1), torch.cat(final_states)
 
 
+def causal_conv1d_step_reference(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state_indices: Tensor | None, silu: bool
+) -> Tensor:
+    """`causal_conv1d_step`."""
+    if state_indices is not None:
+        used = state_indices >= 0
+        rows = state_indices[used].long()
+        out, selected = torch.zeros_like(x), state[rows]
+        out[used] = causal_conv1d_step_reference(selected, x[used], weight, bias, None, silu)
+        state[rows] = selected
+        return out
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    window = torch.cat([state.to(sums), x.to(sums).unsqueeze(-1)], dim=-1)
+    state.copy_(window[..., 1:])
+    out = (window * weight.to(sums)).sum(-1)
+    if bias is not None:
+        out += bias.to(sums)
+    return (functional.silu(out) if silu else out).to(x.dtype)
+
+
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:

@@ -31,13 +31,21 @@ def forward(
     out = torch.empty(x.shape, dtype=out_dtype)
     hidden = None if residual is None else torch.empty(x.shape, dtype=weight.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=weight.dtype)
-    residual = None if residual is None else residual.contiguous()
+    residual = None if residual is None else residual.to(weight.dtype).contiguous()
     inputs = x, residual, weight.contiguous(), eps, rstd.numel(), x.shape[-1]
     _call("forward", x.dtype, out_dtype, *inputs, out, hidden, rstd)
     return out, hidden, rstd
 
 
-def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    dout: Tensor,
+    carry: Tensor | None,
+    hidden: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """`reference.backward`."""
     hidden, dout = hidden.contiguous(), dout.contiguous()
     carry = None if carry is None else carry.contiguous()
@@ -47,7 +55,8 @@ def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, w
     sizes = rstd.numel(), hidden.shape[-1], BLOCK_ROWS
     inputs = dout, carry, hidden, rstd, weight.contiguous(), *sizes
     _call("backward", hidden.dtype, dout.dtype, *inputs, dhidden, dweight)
-    return dhidden, dweight.sum(0)
+    dresidual = None if residual_dtype is None else dhidden.to(residual_dtype)
+    return dhidden.to(x_dtype), dresidual, dweight.sum(0)
 
 
 def _call(name: str, x: torch.dtype, y: torch.dtype, *arguments: Tensor | int | float | None) -> None:

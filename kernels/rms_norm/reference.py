@@ -7,7 +7,7 @@ from torch import Tensor
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """-> (out, x + residual or None, 1 / rms of each row); the maths is in weight's dtype."""
+    """-> (out, x + residual or None, 1 / rms of each row); the maths and the last two are in weight's dtype."""
     hidden = x.to(weight.dtype)
     if residual is not None:
         hidden = hidden + residual
@@ -16,8 +16,16 @@ def forward(
     return out, None if residual is None else hidden, rstd.squeeze(-1)
 
 
-def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """-> the gradients of hidden, in its dtype, and of weight.
+def backward(
+    dout: Tensor,
+    carry: Tensor | None,
+    hidden: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """-> the gradient of x + residual in x's dtype and in the residual's (None without one), and that of weight.
 
     `carry`: the gradient that reaches hidden past the norm, or None.
     """
@@ -27,4 +35,5 @@ def backward(dout: Tensor, carry: Tensor | None, hidden: Tensor, rstd: Tensor, w
     dhidden = scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
     if carry is not None:
         dhidden = dhidden + carry
-    return dhidden.to(hidden.dtype), (dout * normed).reshape(-1, len(weight)).sum(0)
+    dresidual = None if residual_dtype is None else dhidden.to(residual_dtype)
+    return dhidden.to(x_dtype), dresidual, (dout * normed).reshape(-1, len(weight)).sum(0)

@@ -177,3 +177,18 @@ def test_bad_input_is_named() -> None:
         rms_norm(torch.ones(2, 8), torch.ones(7))
     with pytest.raises(ValueError, match=r"residual must have x's shape \(2, 8\), not \(8,\)"):
         rms_norm(torch.ones(2, 8), torch.ones(8), residual=torch.ones(8))
+    with pytest.raises(ValueError, match=r"backend must be one of .*'triton'.*, not 'gpu'"):
+        rms_norm(torch.ones(2, 8), torch.ones(8), backend="gpu")
+    with pytest.raises(ValueError, match="backend 'cpu' needs tensors on the CPU, x is on meta"):
+        rms_norm(torch.ones(2, 8, device="meta"), torch.ones(8, device="meta"), backend="cpu")
+
+
+def test_backends_agree() -> None:
+    inputs = make((4, 37), torch.float32, torch.bfloat16)
+    results = []
+    for backend in ("reference", "cpu", "auto"):
+        outputs = rms_norm(*inputs[:2], residual=inputs[2], backend=backend)
+        results.append((*outputs, *gradients(outputs, inputs)))
+    for reference, compiled, automatic in zip(*results, strict=True):
+        assert torch.equal(compiled, automatic)
+        torch.testing.assert_close(compiled, reference, rtol=2**-7, atol=1e-6)
