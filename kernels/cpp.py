@@ -34,10 +34,14 @@ FLAGS = [
 ]
 
 
+def cache_root() -> Path:
+    """What this machine keeps between runs: `$LONGHORN_CACHE`, else `~/.cache/longhorn`."""
+    return Path(os.environ.get("LONGHORN_CACHE") or Path.home() / ".cache" / "longhorn")
+
+
 def cache_dir() -> Path:
-    """Where compiled libraries are kept: `$LONGHORN_CACHE`, else `~/.cache/longhorn`."""
-    root = os.environ.get("LONGHORN_CACHE") or Path.home() / ".cache" / "longhorn"
-    return Path(root) / "cpp"
+    """Where compiled libraries are kept."""
+    return cache_root() / "cpp"
 
 
 @cache

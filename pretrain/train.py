@@ -8,13 +8,18 @@ import os
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import OmegaConf
 
 from data_tools.files import write_durably
 from pretrain.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from pretrain.parallel.mesh import Mesh
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +58,8 @@ def train(config: Config) -> int:
             write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         trainer = None
         try:
+            if not _kernels_work(mesh, run_dir):
+                return 1
             trainer = Trainer(config, mesh, stop)
             if rank == 0:
                 print(_summary(config, mesh.data_size), flush=True)
@@ -67,6 +74,34 @@ def train(config: Config) -> int:
         if rank == 0:
             print(f"{reason}: {trainer.progress.consumed_tokens:,} tokens; everything is in {run_dir}")
     return 0
+
+
+def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
+    """Test the ops before anything is spent on them; where a rank finds one wrong, all ranks say no.
+
+    Each rank tests its own GPU: any may be broken, and all at once take as long as one. Ranks without a GPU share the
+    node's processors, and its first one tests for all. What has passed before is not tested again.
+    """
+    from kernels import selftest
+    from pretrain.metrics import write_status
+
+    problem = None
+    if mesh.device.type == "cuda" or os.environ["LOCAL_RANK"] == "0":
+        try:
+            selftest.require(mesh.device, say=partial(print, flush=True) if mesh.rank == 0 else lambda line: None)
+        except selftest.SelfTestError as error:
+            problem = str(error)
+            # Now: a GPU that has failed may not let this rank meet the others.
+            print(f"error (rank {mesh.rank}): {problem}", file=sys.stderr, flush=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_status(run_dir, "error", 0)
+    problems: list[str | None] = [None] * mesh.world_size
+    torch.distributed.all_gather_object(problems, problem)
+    if mesh.rank == 0:
+        for rank, other in enumerate(problems[1:], 1):
+            if other:
+                print(f"error (rank {rank}): {other}", file=sys.stderr, flush=True)
+    return not any(problems)
 
 
 def _summary(config: Config, data_size: int) -> str:

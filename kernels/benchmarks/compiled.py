@@ -1,18 +1,21 @@
 """Command: what the Triton kernels compile to, read on a machine without a GPU.
 
-    python -m kernels.benchmarks.compiled [--capability 80 90] [--kernel NAME]
+    python -m kernels.benchmarks.compiled [--capability 80 90] [--launch NAME …] [--json]
 
 Runs the ops' own host code on small CPU tensors while every launch stops after compiling for the GPU named, then reads
-registers, spills and the machine code of each kernel's loops with the tools that Triton ships.
+registers, spills and the machine code of each kernel's loops with the tools that Triton ships. "per 32" is what the
+scans are judged by: instructions for 32 (channel, token) pairs, one for each lane of a warp. For a backward that is the
+loop that walks back and, for all but a chunk's last group, the loop that rebuilds states.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +23,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -52,6 +54,7 @@ class Compiled:
     cubin: bytes
     warps: int
     shared_bytes: int
+    constants: Mapping[str, int]  # STEPS and CHUNK, of kernels that walk time
 
     @cached_property
     def resources(self) -> dict[str, int]:
@@ -63,6 +66,30 @@ class Compiled:
     def loops(self) -> list[Loop]:
         """The innermost loops, longest first."""
         return sorted(innermost_loops(self._read("nvdisasm", "-c")), key=lambda loop: -loop.instructions)
+
+    @property
+    def per_32_pairs(self) -> float | None:
+        """Instructions of the walk for 32 (channel, token) pairs; None where none walks, or many warps do."""
+        if not self.constants or self.warps > 1:
+            return None
+        steps, chunk = self.constants["STEPS"], self.constants["CHUNK"]
+        per_group = float(self.loops[0].instructions)
+        if self.loops[0].opcodes["SHFL"]:  # sums over channels: a backward
+            rebuild = next(loop for loop in self.loops if not loop.opcodes["SHFL"])
+            per_group += rebuild.instructions * (1 - steps / chunk)
+        return per_group / steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "kernel": self.name,
+            "warps": self.warps,
+            "registers": self.resources["REG"],
+            "spilled": self.resources["STACK"],
+            "shared": self.shared_bytes,
+            "per_32_pairs": self.per_32_pairs,
+            "loops": [loop.opcodes for loop in self.loops],
+        }
 
     def _read(self, tool: str, flag: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -80,8 +107,8 @@ def innermost_loops(sass: str) -> list[Loop]:
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
-            instructions.append(instruction[1])
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
+            instructions.append(found[1])
     for i, instruction in enumerate(instructions):
         target = re.match(r"BRA\b.*(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], len(instructions)) < i:
@@ -103,7 +130,8 @@ def compiling_for(capability: int) -> Iterator[list[Compiled]]:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         details = kernel.metadata
-        compiled.append(Compiled(kernel.name, kernel.asm["cubin"], details.num_warps, details.shared))
+        constants = {name: kwargs[name] for name in ("STEPS", "CHUNK")} if "STEPS" in kwargs else {}
+        compiled.append(Compiled(kernel.name, kernel.asm["cubin"], details.num_warps, details.shared, constants))
         return kernel
 
     active = triton.runtime.driver._active
@@ -142,24 +170,44 @@ def compile_launches(capability: int, launches: dict[str, Callable[[], None]]) -
 
 
 def show(rows: dict[str, list[Compiled]], capability: int, console: Console) -> None:
-    """A table of every kernel, its longest loops last."""
-    table = Table("launch", "kernel", "warps", "registers", "spilled", "shared", "loops", box=SIMPLE_HEAD)
+    """A table of every kernel, a row each."""
+    columns = ("launch", "kernel", "warps", "registers", "spilled", "shared", "per 32", "loops")
+    table = Table(*columns, box=SIMPLE_HEAD)
     for name, kernels in rows.items():
         for kernel in kernels:
             loops = ", ".join(str(loop.instructions) for loop in kernel.loops if loop.instructions > 1)
             counts = (kernel.warps, kernel.resources["REG"], kernel.resources["STACK"], kernel.shared_bytes)
-            table.add_row(name, kernel.name, *map(str, counts), loops)
+            per_32 = "" if kernel.per_32_pairs is None else f"{kernel.per_32_pairs:.0f}"
+            table.add_row(name, kernel.name, *map(str, counts), per_32, loops)
     console.print(f"sm_{capability}, Triton {triton.__version__}; bytes, and instructions of the innermost loops")
     console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.benchmarks.compiled", description=__doc__.partition("\n")[0])
+    """0; arguments that don't fit end with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.benchmarks.compiled", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="sm_ numbers (default: 80 90)")
-    parser.add_argument("--launch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), metavar="NAME", help="all of: %(choices)s")
+    parser.add_argument(
+        "--launch",
+        nargs="+",
+        choices=LAUNCHES,
+        default=list(LAUNCHES),
+        metavar="NAME",
+        help="of: %(choices)s (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, loops with their opcodes, instead of tables")
     options = parser.parse_args(arguments)
-    for capability in options.capability:
-        rows = compile_launches(capability, {name: LAUNCHES[name] for name in options.launch})
+    launches = {name: LAUNCHES[name] for name in options.launch}
+    compiled = {capability: compile_launches(capability, launches) for capability in options.capability}
+    if options.json:
+        tables = {
+            c: {name: [k.to_dict() for k in kernels] for name, kernels in rows.items()} for c, rows in compiled.items()
+        }
+        print(json.dumps(tables))
+        return 0
+    for capability, rows in compiled.items():
         show(rows, capability, Console(width=160))
     return 0
 

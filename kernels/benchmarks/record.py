@@ -18,6 +18,10 @@ from kernels.cpp import FLAGS, find_compiler
 ROOT = Path(__file__).parents[2]
 # Records themselves: running a benchmark again does not make the code another one.
 RECORDS = ("kernels/benchmarks/results", "pretrain/benchmark_results")
+GPU_STATE = (
+    *("driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem"),
+    *("power.draw", "power.limit", "temperature.gpu", "clocks_throttle_reasons.active"),
+)
 ENVIRONMENT = re.compile(r"OMP_|KMP_|GOMP_|MKL_|MALLOC_|LD_PRELOAD|CUDA_VISIBLE|PYTORCH_|TRITON_")
 
 
@@ -32,7 +36,7 @@ def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
         "hardware": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "gpu": _gpu(device) if device.type == "cuda" else None,
             "load_average": round(os.getloadavg()[0], 2),
         },
         "versions": {
@@ -48,12 +52,15 @@ def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
 
 def hardware_slug(device: torch.device) -> str:
     """The hardware as part of a file name, like `intel-xeon-2.80ghz-2-cores` or `nvidia-h100-80gb-hbm3`."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_cpu_model()} {os.cpu_count()} cores"
-    name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
+    name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", hardware_name(device).lower())
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many cores there are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} {os.cpu_count()} cores"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,12 +74,33 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What the GPU is, and (where nvidia-smi answers) its driver and state when asked, in nvidia-smi's words."""
+    properties = torch.cuda.get_device_properties(device)
+    known = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+    }
+    answer = _output(
+        *("nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader")
+    )
+    return known | dict(zip(GPU_STATE, (answer or "").split(", "), strict=False))
+
+
 def _commit() -> dict[str, Any] | None:
-    """The checked-out commit, and whether any file but the records differs from it; None outside git."""
+    """The checked-out commit, and whether any file but the records differs from it.
+
+    Outside git what $BENCHMARK_COMMIT says, for a copy of the files on a machine that has no repository; or None.
+    """
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     exclude = (f":(exclude){folder}" for folder in RECORDS)
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *exclude)
-    return None if head is None else {"hash": head, "dirty": changes != ""}
+    if head is None:
+        copied = os.environ.get("BENCHMARK_COMMIT")
+        return {"hash": copied, "dirty": None} if copied else None
+    return {"hash": head, "dirty": changes != ""}
 
 
 def _compiler_version() -> str | None:

@@ -14,9 +14,6 @@ the oldest of them is then complete and is written. Programs overlap by K - 1 to
 one fp32 row per program, added afterwards: the same bits from run to run, whatever the GPU.
 """
 
-# Tuples that grow as loops unroll are of one type after the other to mypy.
-# mypy: disable-error-code="assignment"
-
 from typing import Any
 
 import torch

@@ -4,7 +4,8 @@ A rule is two functions, given as constexprs. Both see one token of a program's 
 are its rows (k and q, or B and C), `bias` is dt_bias, `norm` is 1 + Σ first² where `norms` are given, `rates`
 [BLOCK_N, LANES] is what channels have of their own where that is given. Everything is fp32.
 
-    advance(state, u, dt, bias, norm, first, rates, VARIANT) -> the state after the token, and three things for `retreat`
+    advance(state, u, dt, bias, norm, first, rates, VARIANT)
+        -> the state after the token, and three things for `retreat`
     retreat(adjoint, before, u, dy, first, second, rates, *three, VARIANT)
         -> the adjoint of `before`, then the gradients by first (a tile to be summed over lanes), u, dt, norm, rates
 

@@ -20,8 +20,6 @@ from kernels.scan.triton_walk import (
 )
 from kernels.triton_launch import require_gpu
 
-# Tokens that a forward walks with their rows read ahead: four hide the latency of a read behind some 450 instructions.
-FORWARD_STEPS = 4
 # Programs of a backward launch: bounds the scratch (38 KB each for N = 16) however many rows or documents there are.
 PROGRAMS_PER_LAUNCH = 4096
 
@@ -30,13 +28,16 @@ PROGRAMS_PER_LAUNCH = 4096
 class Rule:
     """What a token does to the state (`triton_kernels` says what the functions are given), and its adjoint's way back.
 
-    backward_steps: (BLOCK_N, stream dtype) -> tokens of a backward group, a divisor of CHUNK: as many as leave a
-    thread's 255 registers unspilled.
+    forward_steps, backward_steps: (BLOCK_N, stream dtype) -> tokens of a group, a divisor of CHUNK. Its rows are read
+    ahead of its first token, and a backward keeps all its states: as many as spill none of a thread's 255 registers on
+    sm_80 and sm_90 (`python -m kernels.benchmarks.compiled`). Eight tokens of both warps of a scheduler are some 2000
+    instructions to hide the latency of a read behind.
     """
 
     advance: Any
     retreat: Any
     variant: int
+    forward_steps: Callable[[int, torch.dtype], int]
     backward_steps: Callable[[int, torch.dtype], int]
 
 
@@ -97,7 +98,8 @@ def forward(
         forward_kernel[walks.blocks, walks.segments, walks.sequences](
             u, x.dt, x.z, x.rows, x.norms, x.skip, x.dt_bias, x.rates, initial, x.cu_seqlens, out, final, checkpoints,
             *strides(u), *strides(x.dt), *strides(x.z), walks.seqlen, walks.d_inner, walks.segment,
-            STEPS=FORWARD_STEPS, ADVANCE=rule.advance, VARIANT=rule.variant, **walks.options(),
+            STEPS=rule.forward_steps(walks.block_n, u.dtype), ADVANCE=rule.advance, VARIANT=rule.variant,
+            **walks.options(),
         )  # fmt: skip
     return out, final, checkpoints
 
@@ -114,7 +116,8 @@ def backward(
 ) -> Gradients:
     """From the derivatives by out (adjacent channels) and by the state after each walk (tiles) to all others."""
     u = x.u
-    d_u, d_dt, d_z = (None if t is None else _empty(u, *t.shape, dtype=t.dtype) for t in (u, x.dt, x.z))
+    d_u, d_dt = (_empty(u, *t.shape, dtype=t.dtype) for t in (u, x.dt))
+    d_z = None if x.z is None else _empty(u, *x.z.shape, dtype=x.z.dtype)
     d_rows = _empty(u, walks.blocks, walks.tokens, 2, walks.block_n)
     d_norms = None if x.norms is None else _empty(u, walks.blocks, walks.tokens)
     d_skip, d_bias = (None if p is None else _empty(u, walks.count, walks.d_inner) for p in (x.skip, x.dt_bias))
@@ -139,7 +142,10 @@ def backward(
                 sum_rates += d_rates[: count * walks.segments].sum(0, keepdim=True)
     d_first, d_second = unpack_gradients(d_rows, walks, row_dtypes, d_norms, x.rows)
     return Gradients(
-        *(d_u, d_dt, d_z, d_first, d_second),
+        *(d_u, d_dt),
+        z=d_z,
+        first=d_first,
+        second=d_second,
         skip=None if x.skip is None or d_skip is None else d_skip.sum(0).to(x.skip.dtype),
         dt_bias=None if x.dt_bias is None or d_bias is None else d_bias.sum(0).to(x.dt_bias.dtype),
         rates=None if sum_rates is None else from_tiles(sum_rates, walks)[0],

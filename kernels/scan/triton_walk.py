@@ -2,8 +2,8 @@
 
 Legend: B batch, L tokens per row, D channels (d_inner), N state size per channel (d_state), padded to BLOCK_N.
 A *sequence* is a row of the batch, or a document of a packed row. A *walk* is a sequence, or one of its segments where
-time is cut too (`segments`). A program takes one walk for LANES channels: grid (blocks of channels, parts of a sequence,
-sequences). Its state is a tile [BLOCK_N, LANES] with a channel in each lane, so that sums over N stay within a thread. A thread has registers
+time is cut too. A program takes one walk for LANES channels: grid (blocks of channels, segments, sequences). Its state
+is a tile [BLOCK_N, LANES] with a channel in each lane, so that sums over N stay within a thread. A thread has registers
 for about 16 states: a tile of more has more warps, which share out N.
 
 Three habits keep the loop free of shared memory and barriers (compiled without a GPU and read as SASS):
@@ -11,7 +11,8 @@ Three habits keep the loop free of shared memory and barriers (compiled without 
   in. With a pointer tensor carried through the loop each row goes through shared memory, six barriers a token.
 - Tiles that are stored and read again lie as [BLOCK_N, LANES], with no alignment promised: four floats side by side
   would be given to one thread, and the whole walk would follow that layout.
-- Sums over channels fold the warp onto itself (`lane_sums`): 16 shuffles for 16 sums, where one reduction each takes 80.
+- Sums over channels fold the warp onto itself (`lane_sums`): 16 shuffles for 16 sums, where a reduction for each
+  takes 80.
 """
 
 from dataclasses import dataclass

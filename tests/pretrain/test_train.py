@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels import selftest
 from pretrain.train import main
 
 CONFIG = """
@@ -86,3 +87,54 @@ def test_what_cannot_run_is_refused(
 ) -> None:
     assert main([*command[3:], f"run_dir={tmp_path / 'run'}", override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_stops_the_run_before_it_starts(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise selftest.SelfTestError("longhorn_scan is off by 0.1")
+
+    monkeypatch.setattr(selftest, "require", fail)
+    run = tmp_path / "run"
+    assert main([*command[3:], f"run_dir={run}"]) == 1
+    assert capsys.readouterr().err.count("error (rank 0): longhorn_scan is off by 0.1") == 1
+    assert json.loads((run / "status.json").read_text())["reason"] == "error"
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "status.json"}
+
+
+# Both processes as if each had a GPU of its own to test, and the second one's broken.
+ONE_BROKEN = """
+import os, sys
+from kernels import selftest
+from pretrain import train
+
+def require(device, say):
+    if os.environ["RANK"] == "1":
+        raise selftest.SelfTestError("longhorn_scan is off by 0.1")
+
+selftest.require = require
+os.environ["LOCAL_RANK"] = "0"
+code = train.main(sys.argv[1:])
+print(f"rank {os.environ['RANK']} ends with {code}", flush=True)
+sys.exit(code)
+"""
+
+
+def test_one_broken_gpu_stops_every_rank(command: list[str], tmp_path: Path) -> None:
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(ONE_BROKEN)
+    root = Path(__file__).parents[2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [*torchrun, *command[3:], f"run_dir={run}"],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert all(f"rank {rank} ends with 1" in done.stdout for rank in (0, 1)), done.stdout
+    assert done.stderr.count("error (rank 1): longhorn_scan is off by 0.1") == 2  # said by itself, and by rank 0
+    assert json.loads((run / "status.json").read_text())["reason"] == "error"
+    assert not (run / "metrics.jsonl").exists()

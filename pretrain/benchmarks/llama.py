@@ -1,6 +1,6 @@
 """Command: training speed of a config's model against transformers' Llama of the same number of parameters.
 
-    python -m pretrain.benchmark launch/configs/demo.yaml --contexts 512 4096
+    python -m pretrain.benchmarks.llama launch/configs/demo.yaml --contexts 512 4096
 
 Both train in fp32 in one process, forward, backward and AdamW, on the same tokens, a step each in turn. Llama
 has half the layers at the same width (the paper's sizes: Longhorn has twice the transformer's layers), heads
@@ -27,11 +27,11 @@ from kernels.benchmarks.record import hardware_slug, provenance, write_json
 from kernels.benchmarks.timing import Lap, Times, take_turns
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel, count_parameters
+from pretrain.benchmarks import RESULTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.data import token_stream, windows
 from pretrain.optim import build_optimizer
 
-RESULTS = Path(__file__).with_name("benchmark_results")
 OURS, PEER = "Longhorn", "Llama"
 TARGETS = {512: 1.0, 4096: 2.0}  # context → our tokens per second over Llama's
 HEAD_DIM = 64
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.benchmark", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m pretrain.benchmarks.llama", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("config", nargs="?", default="launch/configs/demo.yaml", help="default: %(default)s")
     parser.add_argument("--contexts", nargs="+", type=_positive, default=sorted(TARGETS), metavar="TOKENS")
