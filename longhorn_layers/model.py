@@ -21,20 +21,41 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(
+        self, residual: Tensor, update: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of `residual + update` in out_dtype (None: residual's), residual + update), in one pass over memory."""
+        out_dtype = out_dtype or residual.dtype
+        if update is None:
+            return rms_norm(residual, self.weight, eps=self.eps, out_dtype=out_dtype), residual
+        return rms_norm(update, self.weight, eps=self.eps, residual=residual, out_dtype=out_dtype)
 
 
 class Block(nn.Module):
-    """residual + mixer(norm(residual)); the residual stream stays fp32 whatever the mixer computes in."""
+    """A norm and a mixer; the residual stream stays fp32 whatever the mixer computes in.
+
+    What the block before adds to the stream is added here, where the norm reads the sum anyway: (residual, update) →
+    (residual + update, mixer(norm(residual + update))). There is no update before the first block.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = build_mixer(config)
 
-    def forward(self, residual: Tensor, cu_seqlens: Tensor | None = None, state: Any = None) -> Tensor:
-        return residual + self.mixer(self.norm(residual), cu_seqlens=cu_seqlens, state=state)
+    def forward(
+        self, residual: Tensor, update: Tensor | None, cu_seqlens: Tensor | None = None, state: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = self.norm(residual, update, _matmul_dtype(residual))
+        return residual, self.mixer(normed, cu_seqlens=cu_seqlens, state=state)
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a linear would cast x to: norms write that dtype themselves."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class LMHead(nn.Module):
@@ -103,14 +124,15 @@ class LanguageModel(nn.Module):
             fp32 logits (batch, seqlen, padded_vocab_size), the padding's −inf; with targets the summed loss, or
             the loss per token (batch, seqlen) with "none", fp32, in nats.
         """
-        hidden = self.embedding(input_ids)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        embedded = self.embedding(input_ids)
+        residual, update = embedded.to(torch.promote_types(embedded.dtype, torch.float32)), None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, cu_seqlens, use_reentrant=False)
+                residual, update = checkpoint(block, residual, update, cu_seqlens, use_reentrant=False)
             else:
-                hidden = block(hidden, cu_seqlens, None if state is None else state.layers[i])
-        return self.head(self.norm(hidden), targets, reduction)
+                residual, update = block(residual, update, cu_seqlens, None if state is None else state.layers[i])
+        hidden, _ = self.norm(residual, update)
+        return self.head(hidden, targets, reduction)
 
     def new_state(self, batch_size: int) -> DecodeState:
         """The state before any token."""

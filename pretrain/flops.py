@@ -24,9 +24,9 @@ from longhorn_layers.config import LonghornConfig, ModelConfig
 
 SCAN_FORWARD = 7
 SCAN_BACKWARD = {"diagonal": 15, "exact": 12}
-# The backward walks each stretch between kept states again (5: no output), then needs each step's
-# residual, gain and new state once more (5), and Σ S·q for the gate's gradient (2).
-SCAN_REBUILD = 12
+# The Triton backward walks each stretch between kept states again (5: no output), and once more group by group (5),
+# then needs each step's residual (2), and Σ S·q for the gate's gradient (2).
+SCAN_REBUILD = 14
 
 
 def matmul_parameters_per_layer(model: ModelConfig) -> int:

@@ -17,7 +17,8 @@ from pretrain.flops import matmul_parameters_per_layer
 
 GIB = 2**30
 RUNTIME_BYTES = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers: assumed, not measured
-SCAN_CHUNK = 64  # tokens between the states that the Triton scan keeps
+# Of the Triton scan: tokens between the states it keeps, channels of a program, its backward's scratch at most.
+SCAN_CHUNK, SCAN_CHANNELS, SCAN_SCRATCH = 64, 32, 4096 * 68 * 2**10
 # DeepSpeed's defaults, in elements: reduction buffer (allocated in full), and ZeRO-3's gathered.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -80,7 +81,9 @@ def activation_bytes(config: Config) -> int:
     block = block_activation_bytes(model, config.train.precision, config.parallel.tensor)
     final_norm = FP32 * (model.d_model + 1)
     if config.train.activation_checkpointing:
-        return int(tokens * (model.n_layer * FP32 * model.d_model + block + final_norm))
+        width = FP32 if config.train.precision == "fp32" else BF16
+        inputs = (FP32 + width) * model.d_model  # the residual stream, and what the block before adds to it
+        return int(tokens * (model.n_layer * inputs + block + final_norm))
     return int(tokens * (model.n_layer * block + final_norm))
 
 
@@ -89,18 +92,14 @@ def block_activation_bytes(model: ModelConfig, precision: str, tensor: int) -> f
 
     Raises ValueError for a mixer whose activations are not counted here.
     """
-    mixer = model.mixer
-    if not isinstance(mixer, LonghornConfig):
-        raise ValueError(f"model.mixer.name: the activations of {mixer.name!r} are not counted; longhorn's are")
+    mixer = _longhorn(model)
     width = FP32 if precision == "fp32" else BF16
     # Residual, 1/rms and in_proj's input; dt_low, k, q: all whole on every rank.
     whole = FP32 * (model.d_model + 1) + width * model.d_model
     whole += width * (mixer.resolved_dt_rank(model.d_model) + 2 * mixer.d_state)
+    whole += FP32 * (2 * mixer.d_state + 1)  # k and q as the scan reads them, 1 + Σk²
     # Per channel: x and z, u, dt, y; the states that the scan keeps.
     channel = width * 5 + FP32 * mixer.d_state / SCAN_CHUNK
-    # The convolution's GPU path is plain torch: padded input, SiLU's fp32 input, and of a bf16
-    # input an fp32 copy per tap.
-    channel += width + FP32 + (0 if width == FP32 else FP32 * mixer.d_conv)
     return whole + channel * mixer.expand * model.d_model / tensor
 
 
@@ -140,4 +139,17 @@ def _temporary_bytes(config: Config, own: ParameterCounts, data_parallel: int) -
     # A gradient for each of a block's activations; they come and go block by block.
     block = int(tokens * block_activation_bytes(config.model, precision, config.parallel.tensor))
     live = min(1.0, MAX_LIVE_PARAMETERS / own.total) if config.parallel.zero_stage == 3 else 0.0
-    return buckets + flat_gradient + block + int(live * own.stored_bytes(precision))
+    scan = int(tokens * _scan_bytes(config.model, config.parallel.tensor)) + SCAN_SCRATCH
+    return buckets + flat_gradient + block + scan + int(live * own.stored_bytes(precision))
+
+
+def _scan_bytes(model: ModelConfig, tensor: int) -> float:
+    """Per token, of the scan's backward: parts of the gradients by k, q and Σk² from each block of channels."""
+    mixer = _longhorn(model)
+    return FP32 * (2 * mixer.d_state + 1) * mixer.expand * model.d_model / tensor / SCAN_CHANNELS
+
+
+def _longhorn(model: ModelConfig) -> LonghornConfig:
+    if not isinstance(model.mixer, LonghornConfig):
+        raise ValueError(f"model.mixer.name: the activations of {model.mixer.name!r} are not counted; longhorn's are")
+    return model.mixer

@@ -118,10 +118,11 @@ def test_residual_stream_and_logits_stay_fp32_with_bf16_matrices() -> None:
             parameter.data = parameter.data.bfloat16()
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0].dtype))
+        block.mixer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert model(tokens(1, 8)).dtype == torch.float32
-    assert seen == [torch.float32] * 2
+    assert seen == [torch.bfloat16, torch.float32] * 2  # norms write what the mixer's matmul reads
 
 
 def test_unknown_mixer_is_named() -> None:
