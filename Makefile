@@ -7,7 +7,10 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint check format bench golden clean
+# On a GPU machine with its own torch: `make gpu-test bench BIN=/usr/bin INSTALLED=` leaves the venv out.
+GPU := $(wildcard /dev/nvidia0)
+
+.PHONY: demo test test-slow gpu-test lint check format bench golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh)
@@ -17,6 +20,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# What the interpreter stands in for elsewhere; needs no deepspeed and no megatron-core.
+gpu-test: $(INSTALLED)
+	$(BIN)/python3 -m kernels.selftest --device cuda --fresh
+	$(BIN)/python3 -m pytest --confcutdir=tests/kernels tests/kernels/gpu tests/longhorn_layers/test_model_on_gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -30,9 +38,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+ifeq ($(GPU),)
 bench: $(INSTALLED)
 	$(BIN)/python -m kernels.benchmarks
-	$(BIN)/python -m pretrain.benchmark
+	$(BIN)/python -m pretrain.benchmarks.llama
+else
+bench: export PYTORCH_CUDA_ALLOC_CONF ?= expandable_segments:True
+bench: $(INSTALLED)
+	$(BIN)/python3 -m kernels.benchmarks --device cuda --repeats 20
+	$(BIN)/python3 -m pretrain.benchmarks.step launch/configs/1p3b.yaml
+	$(BIN)/python3 -m pretrain.benchmarks.decode launch/configs/1p3b.yaml
+endif
 
 golden: $(INSTALLED)
 	$(BIN)/python -m pytest tests/integration/test_parity.py -k golden --record-golden
