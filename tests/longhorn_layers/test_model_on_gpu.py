@@ -28,9 +28,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("update", ["diagonal", "exact"])
-@pytest.mark.parametrize(
-    ("autocast", "tolerance"), [(False, 2e-5), (True, 1e-1)]
-)  # bf16 matmuls: what is wrong in kind
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 2e-5), (True, 1e-1)])  # bf16: wrong in kind
 @pytest.mark.parametrize(("batch", "seqlen", "bounds"), [(2, 70, None), (1, 600, None), (1, 90, [0, 40, 40, 90])])
 def test_loss_and_every_gradient(
     update: str, autocast: bool, tolerance: float, batch: int, seqlen: int, bounds: list[int] | None
