@@ -10,10 +10,10 @@ from torch import Tensor
 from kernels.causal_conv1d.triton import causal_conv1d_step_triton, causal_conv1d_triton
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.longhorn_scan.triton import triton_scan as longhorn_scan
-from kernels.longhorn_scan.triton_step import triton_step as longhorn_step
+from kernels.longhorn_scan.triton import triton_step as longhorn_step
 from kernels.rms_norm import rms_norm
 from kernels.selective_scan.triton import triton_scan as selective_scan
-from kernels.selective_scan.triton_step import triton_step as selective_step
+from kernels.selective_scan.triton import triton_step as selective_step
 
 BF16 = torch.bfloat16
 

@@ -31,7 +31,7 @@ def longhorn_step(
     fp32 state takes one kernel.
     """
     if state.is_cuda and state.dtype == torch.float32:
-        from kernels.longhorn_scan.triton_step import triton_step  # late: a CPU run needs no triton
+        from kernels.longhorn_scan.triton import triton_step  # late: a CPU run needs no triton
 
         return triton_step(state, u, dt, q, k, D, dt_bias, z, state_indices, update)
     uf, x, qf, kf = (t.to(state.dtype) for t in (u, dt, q, k))

@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.longhorn_scan import triton_rule
 from kernels.longhorn_scan.triton_segments import adjoints_entering, states_entering
 from kernels.scan import triton_scan as walk
+from kernels.scan import triton_step as decode
 from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, with_adjacent_channels
 
 
@@ -113,3 +114,19 @@ def triton_scan(
     tensors = walk.check_triton(u, dt, q, k, D, dt_bias, z)
     keep = walk.wants_gradient(*tensors, initial_state)
     return _TritonScan.apply(*tensors, initial_state, with_adjacent_channels(cu_seqlens), update, keep)
+
+
+def triton_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    q: Tensor,
+    k: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    state_indices: Tensor | None,
+    update: str,
+) -> Tensor:
+    """`kernels.longhorn_scan.longhorn_step` on a GPU, as one kernel."""
+    return decode.triton_step(RULES[update], state, u, dt, k, q, None, D, dt_bias, z, state_indices)

@@ -31,7 +31,7 @@ class Rule:
     forward_steps, backward_steps: (BLOCK_N, stream dtype) -> tokens of a group, a divisor of CHUNK. Its rows are read
     ahead of its first token, and a backward keeps all its states: as many as spill none of a thread's 255 registers on
     sm_80 and sm_90 (`python -m kernels.benchmarks.compiled`). Eight tokens of both warps of a scheduler are some 2000
-    instructions to hide the latency of a read behind.
+    instructions to hide the latency of a read behind. rate_scale: what the channels' own numbers are multiplied by.
     """
 
     advance: Any
@@ -39,6 +39,7 @@ class Rule:
     variant: int
     forward_steps: Callable[[int, torch.dtype], int]
     backward_steps: Callable[[int, torch.dtype], int]
+    rate_scale: float = 1.0
 
 
 class Inputs(NamedTuple):

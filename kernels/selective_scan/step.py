@@ -31,7 +31,7 @@ def selective_step(
     differentiable. On a GPU an fp32 state takes one kernel.
     """
     if state.is_cuda and state.dtype == torch.float32:
-        from kernels.selective_scan.triton_step import triton_step  # late: a CPU run needs no triton
+        from kernels.selective_scan.triton import triton_step  # late: a CPU run needs no triton
 
         return triton_step(state, u, dt, A, B, C, D, dt_bias, z, state_indices)
     uf, x, Af, Bf, Cf = (t.to(state.dtype) for t in (u, dt, A, B, C))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.scan import triton_scan as walk
+from kernels.scan import triton_step as decode
 from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, with_adjacent_channels
 from kernels.selective_scan import triton_rule
 
@@ -20,7 +21,9 @@ def _backward_steps(block_n: int, dtype: torch.dtype) -> int:
     return 2 if block_n <= 16 else 1  # a group's decays lie beside its states, and A beside its gradient
 
 
-RULE = walk.Rule(triton_rule.advance, triton_rule.retreat, 0, _forward_steps, _backward_steps)
+RULE = walk.Rule(
+    triton_rule.advance, triton_rule.retreat, 0, _forward_steps, _backward_steps, rate_scale=math.log2(math.e)
+)
 
 
 class _TritonScan(torch.autograd.Function):
@@ -40,7 +43,7 @@ class _TritonScan(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         walks = Walks.of(u, B.shape[-1], cu_seqlens)
-        rates = to_tiles(A.float().unsqueeze(0) * math.log2(math.e), walks)
+        rates = to_tiles(A.float().unsqueeze(0) * RULE.rate_scale, walks)
         x = walk.Inputs(u, dt, z, *pack_rows(B, C, walks, with_norms=False), skip, dt_bias, rates, cu_seqlens)
         out, final, checkpoints = walk.forward(RULE, x, walks, to_tiles(initial, walks), keep)
         ctx.save_for_backward(checkpoints, *x)
@@ -97,3 +100,19 @@ def triton_scan(
     tensors = walk.check_triton(u, dt, A, B, C, D, dt_bias, z)
     keep = walk.wants_gradient(*tensors, initial_state)
     return _TritonScan.apply(*tensors, initial_state, with_adjacent_channels(cu_seqlens), keep)
+
+
+def triton_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    state_indices: Tensor | None,
+) -> Tensor:
+    """`kernels.selective_scan.selective_step` on a GPU, as one kernel."""
+    return decode.triton_step(RULE, state, u, dt, B, C, A, D, dt_bias, z, state_indices)

@@ -215,7 +215,7 @@ def longhorn_step(backend: str, *, update: str, **inputs: Tensor) -> Tensors:
         return _step_by_scan(longhorn_scan, inputs, update=update)
     step: Op = longhorn.longhorn_step
     if backend == "triton":
-        from kernels.longhorn_scan.triton_step import triton_step as step
+        from kernels.longhorn_scan.triton import triton_step as step
     return {"out": step(**inputs, update=update), "state": inputs["state"]}
 
 
@@ -224,7 +224,7 @@ def selective_step(backend: str, **inputs: Tensor) -> Tensors:
         return _step_by_scan(selective_scan, inputs)
     step: Op = selective.selective_step
     if backend == "triton":
-        from kernels.selective_scan.triton_step import triton_step as step
+        from kernels.selective_scan.triton import triton_step as step
     return {"out": step(**inputs), "state": inputs["state"]}
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels.longhorn_scan import longhorn_step
-from kernels.longhorn_scan.triton_step import triton_step as longhorn_triton
+from kernels.longhorn_scan.triton import triton_step as longhorn_triton
 from kernels.selective_scan import selective_step
-from kernels.selective_scan.triton_step import triton_step as selective_triton
+from kernels.selective_scan.triton import triton_step as selective_triton
 
 OPTIONAL = ("D", "dt_bias", "z")
 
