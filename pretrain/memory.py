@@ -18,7 +18,7 @@ from pretrain.flops import matmul_parameters_per_layer
 GIB = 2**30
 RUNTIME_BYTES = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers: assumed, not measured
 # Of the Triton scan: tokens between the states it keeps, channels of a program, its backward's scratch at most.
-SCAN_CHUNK, SCAN_CHANNELS, SCAN_SCRATCH = 64, 32, 4096 * 68 * 2**10
+SCAN_CHUNK, SCAN_CHANNELS, SCAN_SCRATCH = 64, 32, 160 * 2**20
 # DeepSpeed's defaults, in elements: reduction buffer (allocated in full), and ZeRO-3's gathered.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000

@@ -12,26 +12,13 @@ from kernels.scan import triton_step as decode
 from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, with_adjacent_channels
 
 
-# Tokens in a group, by state size and stream dtype (`walk.Rule` has the reasons for as many).
-def _diagonal_forward_steps(block_n: int, dtype: torch.dtype) -> int:
-    return 8 if block_n <= 16 else 4
-
-
-def _exact_forward_steps(block_n: int, dtype: torch.dtype) -> int:
-    return 4  # its sums along k hold more registers: eight would spill on sm_80
-
-
 def _backward_steps(block_n: int, dtype: torch.dtype) -> int:
     return 4 if block_n <= 16 and dtype.itemsize == 2 else 2  # more warps, and fp32 on sm_80, leave a few less
 
 
 RULES = {
-    "diagonal": walk.Rule(
-        triton_rule.advance, triton_rule.retreat, triton_rule.DIAGONAL, _diagonal_forward_steps, _backward_steps
-    ),
-    "exact": walk.Rule(
-        triton_rule.advance, triton_rule.retreat, triton_rule.EXACT, _exact_forward_steps, _backward_steps
-    ),
+    "diagonal": walk.Rule(triton_rule.advance, triton_rule.retreat, triton_rule.DIAGONAL, _backward_steps),
+    "exact": walk.Rule(triton_rule.advance, triton_rule.retreat, triton_rule.EXACT, _backward_steps),
 }
 
 

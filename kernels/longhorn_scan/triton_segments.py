@@ -23,7 +23,7 @@ from kernels.scan.triton_walk import LANES, Walks, at, empty_tiles, load_row, st
 from kernels.triton_launch import COMPILE_OPTIONS
 from kernels.triton_math import sigmoid
 
-STEPS = 4  # as in the walk itself: tokens whose rows are read ahead
+STEPS = 4  # tokens whose rows are read ahead, as in the walk itself
 
 
 @triton.jit

@@ -65,9 +65,13 @@ def _forward_group(
         ns = ns + (_norm(norms, t + i),)
         if GATED:
             zs = zs + (load_row(z + i * z_step, in_d, EVEN),)
+    firsts, seconds = (), ()
     for i in tl.static_range(STEPS):
-        first = tl.load(at(rows, t + i, 2 * BLOCK_N) + n)
-        second = tl.load(at(rows, t + i, 2 * BLOCK_N) + BLOCK_N + n)
+        firsts = firsts + (tl.load(at(rows, t + i, 2 * BLOCK_N) + n),)
+        seconds = seconds + (tl.load(at(rows, t + i, 2 * BLOCK_N) + BLOCK_N + n),)
+    for i in tl.static_range(STEPS):
+        first = firsts[i]
+        second = seconds[i]
         ut = us[i].to(tl.float32)
         state, _, _, _ = ADVANCE(state, ut, dts[i].to(tl.float32), bias, ns[i], first, rates, VARIANT)
         y = tl.fma(weight, ut, tl.sum(state * second[:, None], 0))

@@ -20,24 +20,25 @@ from kernels.scan.triton_walk import (
 )
 from kernels.triton_launch import require_gpu
 
-# Programs of a backward launch: bounds the scratch (38 KB each for N = 16) however many rows or documents there are.
-PROGRAMS_PER_LAUNCH = 4096
+# Tokens of a forward group, whose rows are all read before the first is walked: 32 numbers each of keys alone.
+FORWARD_STEPS = 4
+# Of a backward launch: bounds the scratch however many rows or documents there are, and leaves room for 4096 programs
+# of 16 states in bf16, four times what an H100 runs at once.
+SCRATCH_BYTES = 160 * 2**20
 
 
 @dataclass(frozen=True)
 class Rule:
     """What a token does to the state (`triton_kernels` says what the functions are given), and its adjoint's way back.
 
-    forward_steps, backward_steps: (BLOCK_N, stream dtype) -> tokens of a group, a divisor of CHUNK. Its rows are read
-    ahead of its first token, and a backward keeps all its states: as many as spill none of a thread's 255 registers on
-    sm_80 and sm_90 (`python -m kernels.benchmarks.compiled`). Eight tokens of both warps of a scheduler are some 2000
-    instructions to hide the latency of a read behind. rate_scale: what the channels' own numbers are multiplied by.
+    backward_steps: (BLOCK_N, stream dtype) -> tokens of a backward group, a divisor of CHUNK: as many as a thread has
+    registers for all their states, spilling none on sm_80 and sm_90 (`python -m kernels.benchmarks.compiled`).
+    rate_scale: what the channels' own numbers are multiplied by.
     """
 
     advance: Any
     retreat: Any
     variant: int
-    forward_steps: Callable[[int, torch.dtype], int]
     backward_steps: Callable[[int, torch.dtype], int]
     rate_scale: float = 1.0
 
@@ -99,8 +100,7 @@ def forward(
         forward_kernel[walks.blocks, walks.segments, walks.sequences](
             u, x.dt, x.z, x.rows, x.norms, x.skip, x.dt_bias, x.rates, initial, x.cu_seqlens, out, final, checkpoints,
             *strides(u), *strides(x.dt), *strides(x.z), walks.seqlen, walks.d_inner, walks.segment,
-            STEPS=rule.forward_steps(walks.block_n, u.dtype), ADVANCE=rule.advance, VARIANT=rule.variant,
-            **walks.options(),
+            STEPS=FORWARD_STEPS, ADVANCE=rule.advance, VARIANT=rule.variant, **walks.options(),
         )  # fmt: skip
     return out, final, checkpoints
 
@@ -125,8 +125,9 @@ def backward(
     d_initial = empty_tiles(walks, walks.count, u.device) if with_initial else None
     sum_rates = None if x.rates is None else torch.zeros_like(x.rates)
     steps = rule.backward_steps(walks.block_n, u.dtype)
-    group = max(1, min(walks.sequences, PROGRAMS_PER_LAUNCH // (walks.blocks * walks.segments)))
-    scratch = empty_tiles(walks, group * walks.segments * (CHUNK // steps + steps), u.device)
+    slots = walks.segments * (CHUNK // steps + steps)  # of a sequence, in each block of channels
+    group = max(1, min(walks.sequences, SCRATCH_BYTES // max(1, slots * walks.blocks * walks.tile_bytes)))
+    scratch = empty_tiles(walks, group * slots, u.device)
     d_rates = None if x.rates is None else empty_tiles(walks, group * walks.segments, u.device)
     with torch.cuda.device_of(u):
         for first in range(0, walks.sequences, group):

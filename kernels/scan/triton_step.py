@@ -36,8 +36,8 @@ def step_kernel(
     ADVANCE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Advance one row by one token for BLOCK_D channels; a row without a state (index below 0) gets zeros."""
-    row = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64)  # of the two the axis without a limit that a batch might meet
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     in_d, in_n = d < D, n < N
     index = row
@@ -95,7 +95,7 @@ def triton_step(
     (batch, d_inner), d_state = u.shape, state.shape[2]
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     with torch.cuda.device_of(u):
-        step_kernel[triton.cdiv(d_inner, BLOCK_D), batch](
+        step_kernel[batch, triton.cdiv(d_inner, BLOCK_D)](
             state, *rows[:5], skip, dt_bias, rows[5], state_indices, out,
             *state.stride(), *(0 if t is None else t.stride(0) for t in rows), d_inner,
             N=d_state, BLOCK_N=triton.next_power_of_2(d_state), BLOCK_D=BLOCK_D, RATE_SCALE=rule.rate_scale,

@@ -32,6 +32,9 @@ CHUNK = 64
 # An H100 has 528 warp schedulers: so many warps give each of them two. Fixed, not read off the device: how time is
 # cut decides the last bits of the result.
 ENOUGH_PROGRAMS = 1024
+# A thread may take all of them. Without this word ptxas saves registers for more warps than there are, by reading each
+# row of keys just before its use: in a model of the machine code, four tokens forward then take 6100 cycles, not 1300.
+MAX_REGISTERS = 255
 MIN_SEGMENT = 256  # tokens; shorter ones spend more on joining than they gain
 MAX_SEQUENCES = 65535  # the third dimension of a CUDA grid
 MAX_STATE = 64  # d_state: of 4 warps
@@ -93,6 +96,10 @@ class Walks:
         """
         return self.tokens // CHUNK + self.count
 
+    @property
+    def tile_bytes(self) -> int:
+        return 4 * self.block_n * LANES.value
+
     def options(self) -> dict[str, Any]:
         """What every kernel that walks is compiled for."""
         return {
@@ -101,6 +108,7 @@ class Walks:
             "EVEN": self.d_inner % LANES.value == 0,
             "num_warps": warps(self.block_n),
             "num_stages": 1,
+            "maxnreg": MAX_REGISTERS,
             **COMPILE_OPTIONS,
         }
 
@@ -116,7 +124,7 @@ def to_tiles(state: Tensor | None, walks: Walks) -> Tensor | None:
         return None
     lanes = walks.blocks * LANES.value
     padded = functional.pad(state.float(), (0, walks.block_n - walks.d_state, 0, lanes - walks.d_inner))
-    return padded.reshape(-1, walks.blocks, LANES.value, walks.block_n).mT.contiguous()
+    return padded.reshape(len(state), walks.blocks, LANES.value, walks.block_n).mT.contiguous()
 
 
 def from_tiles(tiles: Tensor, walks: Walks) -> Tensor:

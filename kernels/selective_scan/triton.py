@@ -12,18 +12,11 @@ from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, wit
 from kernels.selective_scan import triton_rule
 
 
-# Tokens in a group, by state size and stream dtype (`walk.Rule` has the reasons for as many).
-def _forward_steps(block_n: int, dtype: torch.dtype) -> int:
-    return 4
-
-
 def _backward_steps(block_n: int, dtype: torch.dtype) -> int:
     return 2 if block_n <= 16 else 1  # a group's decays lie beside its states, and A beside its gradient
 
 
-RULE = walk.Rule(
-    triton_rule.advance, triton_rule.retreat, 0, _forward_steps, _backward_steps, rate_scale=math.log2(math.e)
-)
+RULE = walk.Rule(triton_rule.advance, triton_rule.retreat, 0, _backward_steps, rate_scale=math.log2(math.e))
 
 
 class _TritonScan(torch.autograd.Function):

@@ -25,8 +25,7 @@ CEILINGS = {
     ("scan", "forward_kernel"): 130,
     ("scan exact", "forward_kernel"): 130,
     ("scan packed", "forward_kernel"): 130,
-    # A document's bounds are read: lanes are not known to agree on them, and each makes its own addresses.
-    ("scan exact packed", "forward_kernel"): 135,
+    ("scan exact packed", "forward_kernel"): 130,
     ("scan long", "forward_kernel"): 130,
     ("scan", "backward_kernel"): 600,
     ("scan exact", "backward_kernel"): 600,

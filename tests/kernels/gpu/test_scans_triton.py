@@ -114,7 +114,7 @@ def small_blocks(poison_buffers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and launches so small that small inputs span several; fresh buffers hold NaN."""
     for module in (triton_scan, triton_walk):
         monkeypatch.setattr(module, "CHUNK", 8)
-    monkeypatch.setattr(triton_scan, "PROGRAMS_PER_LAUNCH", 3)
+    monkeypatch.setattr(triton_scan, "SCRATCH_BYTES", 3 * (8 // 2 + 2) * 4 * 8 * 32)  # three programs of 8 states
 
 
 @pytest.mark.parametrize("scan", SCANS)
