@@ -40,14 +40,15 @@ def _residual(state, u, k, EXACT: tl.constexpr):
 
 @triton.jit
 def advance(state, u, dt, bias, norm, k, rates, EXACT: tl.constexpr):
-    """The state after a token; eps, its slope eps * e^-x."""
+    """The state after a token; eps and its slope, eps * e^-x."""
     eps, e = step_size(dt, bias, norm)
-    return tl.fma(eps[None, :] * k[:, None], _residual(state, u, k, EXACT), state), eps, eps * e, eps
+    return tl.fma(eps[None, :] * k[:, None], _residual(state, u, k, EXACT), state), (eps, eps * e)
 
 
 @triton.jit
-def retreat(adjoint, before, u, dy, k, q, rates, eps, slope, _eps, EXACT: tl.constexpr):
+def retreat(adjoint, before, u, dy, k, q, rates, kept, EXACT: tl.constexpr):
     """The adjoint of `before`; gradients by k (but through norm), u, x and -norm; none by rates."""
+    eps, slope = kept
     g = tl.fma(dy[None, :], q[:, None], adjoint)
     residual = _residual(before, u, k, EXACT)
     if EXACT:

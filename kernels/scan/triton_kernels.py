@@ -5,8 +5,8 @@ are its rows (k and q, or B and C), `bias` is dt_bias, `norm` is 1 + Σ first² 
 [BLOCK_N, LANES] is what channels have of their own where that is given. Everything is fp32.
 
     advance(state, u, dt, bias, norm, first, rates, VARIANT)
-        -> the state after the token, and three things for `retreat`
-    retreat(adjoint, before, u, dy, first, second, rates, *three, VARIANT)
+        -> the state after the token, and a tuple of what `retreat` needs again
+    retreat(adjoint, before, u, dy, first, second, rates, kept, VARIANT)
         -> the adjoint of `before`, then the gradients by first (a tile to be summed over lanes), u, dt, norm, rates
 
 `retreat` is given the adjoint of the state after the token as the tokens after it left it, and the derivative dy by
@@ -73,7 +73,7 @@ def _forward_group(
         first = firsts[i]
         second = seconds[i]
         ut = us[i].to(tl.float32)
-        state, _, _, _ = ADVANCE(state, ut, dts[i].to(tl.float32), bias, ns[i], first, rates, VARIANT)
+        state, _ = ADVANCE(state, ut, dts[i].to(tl.float32), bias, ns[i], first, rates, VARIANT)
         y = tl.fma(weight, ut, tl.sum(state * second[:, None], 0))
         if GATED:
             zt = zs[i].to(tl.float32)
@@ -154,7 +154,7 @@ def _rebuild_group(
     for i in tl.static_range(STEPS):
         first = tl.load(at(rows, t + i, 2 * BLOCK_N) + n)
         ut, dtt = us[i].to(tl.float32), dts[i].to(tl.float32)
-        state, _, _, _ = ADVANCE(state, ut, dtt, bias, ns[i], first, rates, VARIANT)
+        state, _ = ADVANCE(state, ut, dtt, bias, ns[i], first, rates, VARIANT)
     return state
 
 
@@ -182,8 +182,8 @@ def _backward_group(
     for i in tl.static_range(STEPS):
         first = tl.load(at(rows, t + i, 2 * BLOCK_N) + n)
         ut, dtt = us[i].to(tl.float32), dts[i].to(tl.float32)
-        state, a, b, c = ADVANCE(state, ut, dtt, bias, ns[i], first, rates, VARIANT)
-        states, kept = states + (state,), kept + ((a, b, c),)
+        state, token = ADVANCE(state, ut, dtt, bias, ns[i], first, rates, VARIANT)
+        states, kept = states + (state,), kept + (token,)
 
     for i in tl.static_range(STEPS - 1, -1, -1):
         first = tl.load(at(rows, t + i, 2 * BLOCK_N) + n)
@@ -199,7 +199,7 @@ def _backward_group(
             dy *= zt * gate
         store_lane_sums(d_row + BLOCK_N, dy[None, :] * states[i + 1], lane, BLOCK_N, WARPS)
         adjoint, d_first, du, dx, d_norm, d_own = RETREAT(
-            adjoint, states[i], ut, dy, first, second, rates, kept[i][0], kept[i][1], kept[i][2], VARIANT
+            adjoint, states[i], ut, dy, first, second, rates, kept[i], VARIANT
         )
         sum_skip = tl.fma(dy, ut, sum_skip)
         sum_bias += dx

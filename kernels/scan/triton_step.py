@@ -56,7 +56,7 @@ def step_kernel(
         own = tl.load(rates + d[None, :] * rate_stride + n[:, None], mask=in_tile, other=0.0) * RATE_SCALE
     ut = _channels(u + row * u_stride, d, in_d)
     dtt = _channels(dt + row * dt_stride, d, in_d)
-    s, _, _, _ = ADVANCE(s, ut, dtt, _channels(dt_bias, d, in_d), 1.0 + tl.sum(a * a, 0), a, own, VARIANT)
+    s, _ = ADVANCE(s, ut, dtt, _channels(dt_bias, d, in_d), 1.0 + tl.sum(a * a, 0), a, own, VARIANT)
     tl.store(place, s, mask=in_tile)
     y = tl.fma(_channels(skip, d, in_d), ut, tl.sum(s * b[:, None], 0))
     if z is not None:

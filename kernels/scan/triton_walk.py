@@ -31,7 +31,7 @@ LANES = tl.constexpr(32)
 CHUNK = 64
 # An H100 has 528 warp schedulers: so many warps give each of them two. Fixed, not read off the device: how time is
 # cut decides the last bits of the result.
-ENOUGH_PROGRAMS = 1024
+ENOUGH_WARPS = 1024
 # A thread may take all of them. Without this word ptxas saves registers for more warps than there are, by reading each
 # row of keys just before its use: in a model of the machine code, four tokens forward then take 6100 cycles, not 1300.
 MAX_REGISTERS = 255
@@ -54,7 +54,7 @@ class Walks:
 
     @classmethod
     def of(cls, u: Tensor, d_state: int, cu_seqlens: Tensor | None, cut_time: bool = False) -> "Walks":
-        """`cut_time`: the update allows segments of time; they are used where there are too few programs without.
+        """`cut_time`: the update allows segments of time; they are used where there are too few warps without.
 
         Raises ValueError for more sequences than a grid holds, or a state too large for a program's registers.
         """
@@ -64,8 +64,8 @@ class Walks:
             raise ValueError(f"backend 'triton' takes at most {MAX_SEQUENCES} rows or documents, not {sequences}")
         if d_state > MAX_STATE:
             raise ValueError(f"backend 'triton' takes a d_state of at most {MAX_STATE}, not {d_state}")
-        programs = sequences * triton.cdiv(d_inner, LANES.value)
-        segments = min(ENOUGH_PROGRAMS // max(programs, 1), seqlen // MIN_SEGMENT)
+        present = sequences * triton.cdiv(d_inner, LANES.value) * warps(triton.next_power_of_2(d_state))
+        segments = min(ENOUGH_WARPS // max(present, 1), seqlen // MIN_SEGMENT)
         if not cut_time or cu_seqlens is not None or segments < 2:
             return cls(batch, seqlen, d_inner, d_state, sequences, segment=max(seqlen, 1))
         segment = triton.cdiv(triton.cdiv(seqlen, segments), CHUNK) * CHUNK

@@ -31,12 +31,13 @@ def advance(state, u, dt, bias, norm, B, rates, VARIANT: tl.constexpr):
     x = dt + bias
     delta = softplus(x)
     decay = power_of_two(delta[None, :] * rates)
-    return tl.fma(decay, state, (delta * u)[None, :] * B[:, None]), delta, sigmoid(x), decay
+    return tl.fma(decay, state, (delta * u)[None, :] * B[:, None]), (delta, sigmoid(x), decay)
 
 
 @triton.jit
-def retreat(adjoint, before, u, dy, B, C, rates, delta, slope, decay, VARIANT: tl.constexpr):
+def retreat(adjoint, before, u, dy, B, C, rates, kept, VARIANT: tl.constexpr):
     """The adjoint of `before`; gradients by B, u and x, and by A; none by norm."""
+    delta, slope, decay = kept
     g = tl.fma(dy[None, :], C[:, None], adjoint)
     adjoint = g * decay
     by_input = tl.sum(g * B[:, None], 0)

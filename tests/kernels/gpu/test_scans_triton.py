@@ -280,6 +280,14 @@ def test_no_tokens(small_blocks: None) -> None:
     assert torch.equal(final.cpu(), make_inputs("diagonal", B=2, L=0, D=4, N=2)["initial_state"])
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_no_channels(small_blocks: None, scan: str) -> None:
+    (out, final), leaves = run_triton(make_inputs(scan, B=2, L=9, D=0, N=4), None, scan)
+    assert (out.shape, final.shape) == ((2, 9, 0), (2, 0, 4))
+    found = torch.autograd.grad((out.sum() + final.sum()), [leaves["q"], leaves["k"]])
+    assert not any(gradient.any() for gradient in found)
+
+
 def test_refuses_float64(small_blocks: None) -> None:
     inputs = {name: t.double() for name, t in make_inputs("diagonal", B=1, L=1, D=2, N=2).items()}
     with pytest.raises(TypeError, match="float64 use backend 'cpu'"):
@@ -296,9 +304,9 @@ def test_refuses_more_documents_than_a_grid_holds(small_blocks: None) -> None:
 # ---- long rows: time is cut into segments -----------------------------------------------------------------------
 @pytest.fixture
 def segments(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Call it with the number of programs that are enough: more of them cut time into more segments."""
+    """Call it with the number of warps that are enough: more of them cut time into more segments."""
     monkeypatch.setattr(triton_walk, "MIN_SEGMENT", 8)
-    return lambda enough: monkeypatch.setattr(triton_walk, "ENOUGH_PROGRAMS", enough)
+    return lambda enough: monkeypatch.setattr(triton_walk, "ENOUGH_WARPS", enough)
 
 
 def cut(inputs: dict[str, Tensor]) -> tuple[int, int]:
