@@ -177,7 +177,7 @@ def show(rows: dict[str, list[Compiled]], capability: int, console: Console) -> 
         for kernel in kernels:
             loops = ", ".join(str(loop.instructions) for loop in kernel.loops if loop.instructions > 1)
             counts = (kernel.warps, kernel.resources["REG"], kernel.resources["STACK"], kernel.shared_bytes)
-            per_32 = "" if kernel.per_32_pairs is None else f"{kernel.per_32_pairs:.0f}"
+            per_32 = "" if kernel.per_32_pairs is None else f"{kernel.per_32_pairs:.1f}"
             table.add_row(name, kernel.name, *map(str, counts), per_32, loops)
     console.print(f"sm_{capability}, Triton {triton.__version__}; bytes, and instructions of the innermost loops")
     console.print(table)
