@@ -274,10 +274,11 @@ def pack_rows(first: Tensor, second: Tensor, walks: Walks, with_norms: bool) -> 
     norms = torch.empty(walks.tokens, dtype=torch.float32, device=first.device) if with_norms else None
     if walks.tokens:
         block = max(1, 1024 // walks.block_n)
-        _pack_kernel[(triton.cdiv(walks.tokens, block),)](
-            first, second, packed, norms, *strides(first), *strides(second), walks.tokens, walks.seqlen,
-            N=walks.d_state, BLOCK_N=walks.block_n, BLOCK=block, **COMPILE_OPTIONS,
-        )  # fmt: skip
+        with torch.cuda.device_of(first):
+            _pack_kernel[(triton.cdiv(walks.tokens, block),)](
+                first, second, packed, norms, *strides(first), *strides(second), walks.tokens, walks.seqlen,
+                N=walks.d_state, BLOCK_N=walks.block_n, BLOCK=block, **COMPILE_OPTIONS,
+            )  # fmt: skip
     return packed, norms
 
 
@@ -320,8 +321,9 @@ def unpack_gradients(
     d_first, d_second = (torch.empty(shape, dtype=dtype, device=partials.device) for dtype in dtypes)
     if walks.tokens:
         block = max(1, 512 // walks.block_n)
-        _unpack_kernel[(triton.cdiv(walks.tokens, block),)](
-            partials, squares, packed, d_first, d_second, walks.blocks, walks.tokens,
-            N=walks.d_state, BLOCK_N=walks.block_n, BLOCK=block, **COMPILE_OPTIONS,
-        )  # fmt: skip
+        with torch.cuda.device_of(partials):
+            _unpack_kernel[(triton.cdiv(walks.tokens, block),)](
+                partials, squares, packed, d_first, d_second, walks.blocks, walks.tokens,
+                N=walks.d_state, BLOCK_N=walks.block_n, BLOCK=block, **COMPILE_OPTIONS,
+            )  # fmt: skip
     return [d_first, d_second]
