@@ -148,7 +148,7 @@ def batches(config: Config, context: int, batch: int) -> Batches:
         generator = torch.Generator().manual_seed(config.train.seed)
         while True:
             ids = torch.randint(config.model.vocab_size, (batch, context + 1), generator=generator)
-            yield ids[:, :-1], ids[:, 1:]
+            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # as a shard's windows are: transformers views them
     stream = token_stream(config.data.train)
     count = (len(stream) - 1) // context // batch
     if count == 0:

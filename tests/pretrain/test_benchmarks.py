@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from kernels.benchmarks.timing import Times
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel
-from pretrain.benchmarks import decode, profile, step
+from pretrain.benchmarks import decode, llama, profile, step
 from pretrain.benchmarks.decode import Decoder, WrongLogits
 from pretrain.benchmarks.profile import Breakdown, Kernel
 from pretrain.benchmarks.step import Run, TorchStep, largest, random_batch
@@ -246,3 +246,21 @@ def test_bytes_of_a_token_are_the_weights_and_the_state_twice() -> None:
     assert speed.bytes_per_token == matrices + vectors + 2 * state
     assert speed.to_dict(1e6)["ms_per_token_at_copy_rate"] == round(speed.bytes_per_token / 1e3, 4)
     assert isinstance(model, LanguageModel)
+
+
+@pytest.mark.parametrize("context", [16, 33])
+def test_llama_comparison_trains_both_on_random_ids(tmp_path: Path, context: int) -> None:
+    """Without a shard; of a width and depth that a Llama of equal size exists for."""
+    config = tmp_path / "small.yaml"
+    config.write_text("model: {vocab_size: 2000, d_model: 64, n_layer: 2}\noptim: {min_lr: 3.0e-4}\n")
+    arguments = [str(config), "--contexts", str(context), "--tokens-per-step", "64", "--steps", "1"]
+    assert llama.main([*arguments, "--output", str(tmp_path)]) == 0
+    [record] = tmp_path.glob("training-*.json")
+    result = json.loads(record.read_text())["results"][0]
+    models = result["models"]
+    assert result["batch"] == max(1, 64 // context)
+    ours, peer = (models[name]["parameters"] for name in (llama.OURS, llama.PEER))
+    assert abs(ours / peer - 1) <= llama.PARAMETER_TOLERANCE
+    for model in models.values():
+        before, after = model["loss_before_and_after_trial"]
+        assert after < before
