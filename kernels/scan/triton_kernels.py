@@ -54,27 +54,23 @@ def _forward_group(
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr,
     ADVANCE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Walk STEPS tokens from t on; what differs by channel is read for all of them before the first is used."""
+    """Walk STEPS tokens from t on, all that they read before the first is walked."""
     t = tl.cast(t, tl.int64)
     n = tl.arange(0, BLOCK_N)
     u, dt, z, out = at(u, t, u_step) + d, at(dt, t, dt_step) + d, at(z, t, z_step) + d, at(out, t, D) + d
-    us, dts, zs, ns = (), (), (), ()
+    us, dts, zs, ns, firsts, seconds = (), (), (), (), (), ()
     for i in tl.static_range(STEPS):
         us = us + (load_row(u + i * u_step, in_d, EVEN),)
         dts = dts + (load_row(dt + i * dt_step, in_d, EVEN),)
         ns = ns + (_norm(norms, t + i),)
         if GATED:
             zs = zs + (load_row(z + i * z_step, in_d, EVEN),)
-    firsts, seconds = (), ()
-    for i in tl.static_range(STEPS):
         firsts = firsts + (tl.load(at(rows, t + i, 2 * BLOCK_N) + n),)
         seconds = seconds + (tl.load(at(rows, t + i, 2 * BLOCK_N) + BLOCK_N + n),)
     for i in tl.static_range(STEPS):
-        first = firsts[i]
-        second = seconds[i]
         ut = us[i].to(tl.float32)
-        state, _ = ADVANCE(state, ut, dts[i].to(tl.float32), bias, ns[i], first, rates, VARIANT)
-        y = tl.fma(weight, ut, tl.sum(state * second[:, None], 0))
+        state, _ = ADVANCE(state, ut, dts[i].to(tl.float32), bias, ns[i], firsts[i], rates, VARIANT)
+        y = tl.fma(weight, ut, tl.sum(state * seconds[i][:, None], 0))
         if GATED:
             zt = zs[i].to(tl.float32)
             y *= zt * sigmoid(zt)
