@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.triton_launch import COMPILE_OPTIONS, require_gpu
+from kernels.triton_launch import COMPILE_OPTIONS, refuse_fp64, require_gpu, with_adjacent_channels
 from kernels.triton_math import sigmoid
 
 # Rows of x that a program of the forward fetches at once: at 16 bytes a lane it has 9.5 KiB in flight. An H100's
@@ -376,10 +376,6 @@ def _backward_block(K: int) -> dict[str, int]:
     return {"BLOCK_D": 128 if K <= 4 else 64, "num_warps": 1}
 
 
-def _with_adjacent_channels(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _slots_first(state: Tensor | None) -> Tensor | None:
     """(n_seq, D, K - 1) -> contiguous (n_seq, K - 1, D), rows like x's."""
     return None if state is None else state.transpose(1, 2).contiguous()
@@ -431,7 +427,7 @@ class _TritonConv(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, taps, bias, initial, documents, cu_seqlens = ctx.saved_tensors
         (B, L, D), K = x.shape, len(taps)
-        dout = torch.zeros_like(x) if dout is None else _with_adjacent_channels(dout)
+        dout = torch.zeros_like(x) if dout is None else with_adjacent_channels(dout)
         dfinal = _slots_first(dfinal)
         meta = {"K": K, "SILU": ctx.silu, **_backward_block(K), **COMPILE_OPTIONS}
         blocks = triton.cdiv(D, meta["BLOCK_D"])
@@ -480,7 +476,7 @@ def causal_conv1d_triton(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     bias = None if bias is None else bias.contiguous()
-    x = _with_adjacent_channels(x)
+    x = with_adjacent_channels(x)
     out, final_state = _TritonConv.apply(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
     return (out, final_state) if return_final_state else out
 
@@ -510,7 +506,6 @@ def _require(x: Tensor, weight: Tensor, **on_device: Tensor | None) -> None:
     for name, tensor in on_device.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, not on {tensor.device}")
-    if x.dtype == torch.float64:
-        raise TypeError("backend 'triton' computes in fp32; for float64 use backend 'cpu' or 'reference'")
+    refuse_fp64(x.dtype)
     if weight.shape[1] > MAX_WIDTH:
         raise ValueError(f"backend 'triton' takes a d_conv of at most {MAX_WIDTH}, weight has {weight.shape[1]}")

@@ -9,7 +9,8 @@ from kernels.longhorn_scan import triton_rule
 from kernels.longhorn_scan.triton_segments import adjoints_entering, states_entering
 from kernels.scan import triton_scan as walk
 from kernels.scan import triton_step as decode
-from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, with_adjacent_channels
+from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles
+from kernels.triton_launch import with_adjacent_channels
 
 
 def _backward_steps(block_n: int, dtype: torch.dtype) -> int:

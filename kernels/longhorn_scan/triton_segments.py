@@ -18,12 +18,10 @@ from torch import Tensor
 
 from kernels.longhorn_scan.triton_rule import step_size
 from kernels.scan.triton_kernels import channel_constant
-from kernels.scan.triton_scan import Inputs
+from kernels.scan.triton_scan import FORWARD_STEPS, Inputs
 from kernels.scan.triton_walk import LANES, Walks, at, empty_tiles, load_row, strides, tile_of, walk_span
 from kernels.triton_launch import COMPILE_OPTIONS
 from kernels.triton_math import sigmoid
-
-STEPS = 4  # tokens whose rows are read ahead, as in the walk itself
 
 
 @triton.jit
@@ -146,7 +144,7 @@ def _enter(source: Tensor, x: Inputs, z: Tensor | None, boundary: Tensor | None,
         summary_kernel[walks.blocks, walks.segments - 1, walks.sequences](
             source, x.dt, z, x.rows, x.norms, x.dt_bias, local, lost,
             *strides(source), *strides(x.dt), *strides(z), walks.seqlen, walks.d_inner, walks.segment,
-            BACK=back, STEPS=STEPS, **walks.options(),
+            BACK=back, STEPS=FORWARD_STEPS, **walks.options(),
         )  # fmt: skip
         join_kernel[triton.cdiv(size, block), walks.sequences](
             local, lost, boundary, entering, walks.segments, size, BLOCK=block, BACK=back, **COMPILE_OPTIONS

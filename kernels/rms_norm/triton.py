@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import COMPILE_OPTIONS, require_gpu
+from kernels.triton_launch import COMPILE_OPTIONS, refuse_fp64, require_gpu
 
 # A lane's share of a row: 2 accesses of 16 bytes in bf16, 4 in fp32. Up to 8192 channels, what the backward keeps of
 # them (the row, its gradient, its part of dweight) stays within 128 registers; wider rows run, and spill a little.
@@ -85,8 +85,7 @@ def backward_kernel(
 def require(x: Tensor, maths: torch.dtype) -> None:
     """Raise unless the kernels can take x: TypeError for fp64 maths, ValueError off a GPU or for too wide a row."""
     require_gpu("x", x)
-    if maths != torch.float32:
-        raise TypeError("backend 'triton' computes in fp32; for float64 use backend 'cpu' or 'reference'")
+    refuse_fp64(maths)
     if not 0 < x.shape[-1] <= MAX_CHANNELS:
         raise ValueError(f"backend 'triton' takes a d_model from 1 to {MAX_CHANNELS}, not {x.shape[-1]}")
 

@@ -16,9 +16,8 @@ from kernels.scan.triton_walk import (
     strides,
     unpack_gradients,
     warps,
-    with_adjacent_channels,
 )
-from kernels.triton_launch import require_gpu
+from kernels.triton_launch import refuse_fp64, require_gpu, with_adjacent_channels
 
 # Tokens of a forward group, whose rows are all read before the first is walked: 32 numbers each of keys alone.
 FORWARD_STEPS = 4
@@ -77,8 +76,7 @@ def check_triton(u: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     Raises TypeError for fp64, ValueError for tensors that are not on a GPU (unless under Triton's interpreter).
     """
     given = (u, *tensors)
-    if any(t is not None and t.dtype == torch.float64 for t in given):
-        raise TypeError("backend 'triton' computes in fp32; for float64 use backend 'cpu' or 'reference'")
+    refuse_fp64(*(t.dtype for t in given if t is not None))
     require_gpu("u", u)
     return [with_adjacent_channels(t) for t in given]
 

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scan.triton_scan import Rule
-from kernels.scan.triton_walk import with_adjacent_channels
-from kernels.triton_launch import COMPILE_OPTIONS, require_gpu
+from kernels.triton_launch import COMPILE_OPTIONS, require_gpu, with_adjacent_channels
 from kernels.triton_math import sigmoid
 
 BLOCK_D = 32

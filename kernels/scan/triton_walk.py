@@ -143,11 +143,6 @@ def strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
-def with_adjacent_channels(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself, or a copy where its last dimension is strided."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 # ---- inside kernels ------------------------------------------------------------------------------------------------
 @triton.jit
 def walk_span(cu_seqlens, sequence, part, L, segment):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kernels.scan import triton_scan as walk
 from kernels.scan import triton_step as decode
-from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles, with_adjacent_channels
+from kernels.scan.triton_walk import Walks, from_tiles, pack_rows, to_tiles
 from kernels.selective_scan import triton_rule
+from kernels.triton_launch import with_adjacent_channels
 
 
 def _backward_steps(block_n: int, dtype: torch.dtype) -> int:
