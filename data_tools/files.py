@@ -37,5 +37,9 @@ def replace_durably(temporary: Path, final: Path) -> None:
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(content)
-    replace_durably(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        replace_durably(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk should not hold half a file, too
+        raise

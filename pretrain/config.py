@@ -18,6 +18,20 @@ from longhorn_layers.registry import MIXERS
 
 PRECISIONS = ("autocast", "bf16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
+MINIMA = {
+    **{f"model.{name}": 1 for name in ("vocab_size", "d_model", "n_layer")},
+    **{f"train.{name}": 1 for name in ("total_tokens", "global_batch_size", "micro_batch_size")},
+    "data.seqlen": 1,
+    "parallel.tensor": 1,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
+    "recovery.max_skips": 1,
+    "recovery.max_rollbacks": 0,
+    "recovery.spike_window": 2,
+    "recovery.step_timeout": 1,
+    "log.interval": 1,
+}
 
 
 class ConfigError(ValueError):
@@ -72,10 +86,23 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Every `interval` steps, at a stop, and at the end."""
+    """Every `interval` steps, at a stop, and at the end; what is kept is the union of the `keep_` rules."""
 
     interval: int = 500
     keep_last: int = 3
+    keep_every: int = 0  # also those of steps that this divides; 0: none
+    keep_best: bool = False  # also the one with the lowest validation loss
+
+
+@dataclass
+class RecoveryConfig:
+    """What a run does about steps that go wrong. See pretrain/guard.py and pretrain/watchdog.py."""
+
+    max_skips: int = 5  # steps skipped in a row for a loss or gradient that is not finite (or a spike)
+    max_rollbacks: int = 3  # after max_skips, back to the last checkpoint; after so many of these, stop
+    spike_sigmas: float | None = None  # a loss so many standard deviations above the mean is a spike; None: none is
+    spike_window: int = 128  # of the last so many trained steps' losses
+    step_timeout: float = 600.0  # seconds without progress on a rank after which the watchdog ends the job
 
 
 @dataclass
@@ -104,6 +131,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -212,22 +240,13 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 
 def validate(config: Config) -> None:
     """Raise ConfigError for values that no run can have; what depends on the machine is checked by the trainer."""
-    for key in (
-        "data.seqlen",
-        "train.total_tokens",
-        "train.global_batch_size",
-        "train.micro_batch_size",
-        "parallel.tensor",
-        "checkpoint.interval",
-        "checkpoint.keep_last",
-        "log.interval",
-        "model.vocab_size",
-        "model.d_model",
-        "model.n_layer",
-    ):
+    for key, least in MINIMA.items():
         section, name = key.split(".")
-        if getattr(getattr(config, section), name) < 1:
-            raise ConfigError(f"{key} must be at least 1, got {getattr(getattr(config, section), name)}")
+        if (value := getattr(getattr(config, section), name)) < least:
+            raise ConfigError(f"{key} must be at least {least}, got {value}")
+    sigmas = config.recovery.spike_sigmas
+    if sigmas is not None and sigmas <= 0:
+        raise ConfigError(f"recovery.spike_sigmas must be above 0, got {sigmas}; null finds no spikes")
     _one_of("train.precision", config.train.precision, PRECISIONS)
     _one_of("log.wandb", config.log.wandb, WANDB_MODES)
     _one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))

@@ -6,13 +6,13 @@ same tokens, whatever the number of ranks, so a run resumes exactly from the num
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from data_tools.shards import Manifest, ShardPaths, open_shard
 from pretrain.config import Config, ConfigError
 from pretrain.parallel.mesh import Mesh
+from pretrain.stop import Interrupted, StopRequest
 
 IGNORED = -100  # a target that no loss counts
 
@@ -46,16 +47,25 @@ def read_manifest(prefix: str, key: str, vocab_size: int) -> Manifest:
     return manifest
 
 
-class TrainingData:
-    """The run's sequences by number: 0 … total_steps · global_batch_size − 1."""
+class ShardChanged(RuntimeError):
+    """The training shard is not the one that was opened: what it holds can't be trusted."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+
+class TrainingData:
+    """The run's sequences by number: 0 … total_steps · global_batch_size − 1.
+
+    Raises Interrupted, on every rank, where `stop` is asked for while the order is computed.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, stop: StopRequest | None = None) -> None:
         self.config, self.mesh = config, mesh
         self.manifest = read_manifest(config.data.train, "data.train", config.model.vocab_size)
         self.num_samples = config.total_steps * config.train.global_batch_size
-        self.dataset = self._build()
+        self.dataset = self._build(stop)
+        self._bin = ShardPaths.of(config.data.train).bin
+        self._opened = _size_and_time(self._bin)
 
-    def _build(self) -> GPTDataset:
+    def _build(self, stop: StopRequest | None) -> GPTDataset:
         """Rank 0 computes the order into a temporary folder and renames it; then every rank maps it.
 
         The folder is named by the shard's hash: GPTDataset's own cache key ignores what the files hold.
@@ -63,13 +73,22 @@ class TrainingData:
         root = Path(self.config.data.cache_dir or Path(self.config.run_dir) / "data_cache")
         key = f"{self.manifest.idx_sha256[:16]}-{self.config.data.seqlen}-{self.num_samples}-{self.config.train.seed}"
         final = root / key
-        if self.mesh.rank == 0 and not final.exists():
-            partial = root / f"{key}.tmp{os.getpid()}"
-            shutil.rmtree(partial, ignore_errors=True)
-            self._dataset(partial)
-            os.replace(partial, final)
-        dist.barrier()
+        problem = self._compute_order(root, final, stop) if self.mesh.rank == 0 else None
+        if problem := self.mesh.from_first(problem):
+            raise problem
         return self._dataset(final)
+
+    def _compute_order(self, root: Path, final: Path, stop: StopRequest | None) -> Exception | None:
+        partial = root / f"{final.name}.tmp{os.getpid()}"
+        try:
+            if not final.exists():
+                with stop.interruptible() if stop else nullcontext():
+                    self._dataset(partial)
+                os.replace(partial, final)
+        except (Interrupted, OSError) as error:  # the others wait to hear
+            shutil.rmtree(partial, ignore_errors=True)
+            return error
+        return None
 
     def _dataset(self, cache: Path) -> GPTDataset:
         shard, tokenizer = open_shard(self.config.data.train), self.manifest.tokenizer
@@ -95,6 +114,9 @@ class TrainingData:
 
         Micro-batch i of rank r holds samples (i·ranks + r)·micro_batch_size … of the step's global batch.
         """
+        if (now := _size_and_time(self._bin)) != self._opened:
+            # Reading past the end of a mapped file would end the process with nothing but a bus error.
+            raise ShardChanged(f"{self._bin} changed while it was read: (size, mtime) was {self._opened}, is {now}")
         train, ranks = self.config.train, self.mesh.data_size
         first = step * train.global_batch_size
         batches = []
@@ -102,6 +124,12 @@ class TrainingData:
             start = first + (i * ranks + self.mesh.data_rank) * train.micro_batch_size
             batches.append(self._batch(range(start, start + train.micro_batch_size)))
         return batches
+
+    def documents(self, step: int) -> list[int]:
+        """The shard's documents that step `step` reads, on all ranks, ascending."""
+        size = self.config.train.global_batch_size
+        samples = range(step * size, (step + 1) * size)
+        return sorted({int(d) for i in samples for d in self.dataset._query_document_sample_shuffle_indices(i)[1]})
 
     def _batch(self, samples: range) -> dict[str, Any]:
         items = [self.dataset[i] for i in samples]
@@ -114,6 +142,14 @@ class TrainingData:
             input_ids, targets = input_ids.reshape(1, -1), targets.reshape(1, -1)
         batch = {"input_ids": input_ids, "targets": targets, "cu_seqlens": cu_seqlens}
         return {name: None if t is None else t.to(self.mesh.device) for name, t in batch.items()}
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def document_bounds(input_ids: Tensor, eos_id: int) -> Tensor:

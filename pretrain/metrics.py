@@ -1,5 +1,8 @@
-"""What a run says while it trains: metrics.jsonl, a progress line, wandb, status.json."""
+"""What a run says while it trains: metrics.jsonl, a progress line, wandb. None of it may end the run."""
 
+import errno
+import os
+import sys
 import time
 import uuid
 from datetime import timedelta
@@ -10,11 +13,13 @@ import orjson
 import torch
 
 from data_tools.files import write_durably
+from pretrain.checkpoint import SaveReport
 from pretrain.config import Config, config_to_dict
 from pretrain.flops import flops_per_token
 
 # Dense bf16 peaks, TFLOP/s per device, by the vendor's data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+STRAGGLER = 1.2  # a rank this much slower than the median is named
 
 
 def peak_tflops(configured: float | None) -> float | None:
@@ -28,7 +33,8 @@ def peak_tflops(configured: float | None) -> float | None:
 class MetricsLog:
     """Rank 0's record of a run. Every step is a line of metrics.jsonl, flushed at once.
 
-    (wandb's offline file loses up to 128 KiB on a SIGKILL.)
+    (wandb's offline file loses up to 128 KiB on a SIGKILL.) Lines that a full disk refuses are kept and written when it
+    takes them again; a wandb that fails is left alone for the rest of this start.
     """
 
     def __init__(self, config: Config, world_size: int, resumed_step: int) -> None:
@@ -36,10 +42,8 @@ class MetricsLog:
         self.flops_per_token = flops_per_token(config.model)
         self.peak = peak_tflops(config.log.peak_tflops)
         self.run_dir = Path(config.run_dir)
-        path = self.run_dir / "metrics.jsonl"
-        if path.exists():
-            _drop_lines_after(path, resumed_step)
-        self.file = path.open("ab")
+        self.file = _Lines(self.run_dir / "metrics.jsonl", resumed_step)
+        self.skips = _Lines(self.run_dir / "skipped.jsonl")
         self.wandb = self._start_wandb()
         self._since, self._tokens = time.perf_counter(), 0
 
@@ -48,16 +52,20 @@ class MetricsLog:
             return None
         import wandb  # takes a second, and most tests run without it
 
-        return wandb.init(
-            project="longhorn",
-            name=self.run_dir.name,
-            id=self._wandb_id(),
-            resume="allow",
-            dir=self.run_dir,
-            mode=self.config.log.wandb,  # type: ignore[arg-type]  # checked by config.validate
-            config=config_to_dict(self.config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            return wandb.init(
+                project="longhorn",
+                name=self.run_dir.name,
+                id=self._wandb_id(),
+                resume="allow",
+                dir=self.run_dir,
+                mode=self.config.log.wandb,  # type: ignore[arg-type]  # checked by config.validate
+                config=config_to_dict(self.config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except Exception as error:  # no network, no key, no room: its errors share no base class with OSError
+            print(f"wandb did not start, training goes on without it: {error}", file=sys.stderr, flush=True)
+            return None
 
     def _wandb_id(self) -> str:
         """One id for all of a run's starts."""
@@ -66,7 +74,7 @@ class MetricsLog:
             write_durably(path, uuid.uuid4().hex[:8].encode())
         return path.read_text()
 
-    def train_step(self, step: int, consumed_tokens: int, values: dict[str, float]) -> None:
+    def train_step(self, step: int, consumed_tokens: int, values: dict[str, Any]) -> None:
         """Record a step that ended at `step` and `consumed_tokens`; print a line every log.interval steps."""
         now = time.perf_counter()
         self._tokens += self.config.tokens_per_step
@@ -77,16 +85,45 @@ class MetricsLog:
         mfu = None
         if self.peak is not None:
             mfu = speed * self.flops_per_token / (self.peak * 1e12 * self.world_size)
-        remaining = (self.config.total_steps - step) * self.config.tokens_per_step / speed
-        print(
-            f"step {step}/{self.config.total_steps}  tokens {consumed_tokens / 1e6:.2f}M  "
-            f"loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-            f"{speed:,.0f} tokens/s  MFU {'n/a' if mfu is None else f'{mfu:.1%}'}  "
-            f"ETA {timedelta(seconds=round(remaining))}",
-            flush=True,
-        )
+        print(self._progress_line(step, consumed_tokens, values, speed, mfu), flush=True)
         self._record({"step": step, "tokens_per_second": speed, "mfu": mfu})
         self._since, self._tokens = now, 0
+
+    def _progress_line(
+        self, step: int, consumed_tokens: int, values: dict[str, Any], speed: float, mfu: float | None
+    ) -> str:
+        remaining = (self.config.total_steps - step) * self.config.tokens_per_step / speed
+        numbers = f"loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}"
+        slowest = values["forward_seconds_max"] / max(values["forward_seconds_median"], 1e-9)
+        straggler = f"  rank {values['slowest_rank']} {slowest:.2f}× slower" if slowest > STRAGGLER else ""
+        return (
+            f"step {step}/{self.config.total_steps}  tokens {consumed_tokens / 1e6:.2f}M  {numbers}  "
+            f"{speed:,.0f} tokens/s  MFU {'n/a' if mfu is None else f'{mfu:.1%}'}  "
+            f"ETA {timedelta(seconds=round(remaining))}{straggler}"
+        )
+
+    def skipped(self, step: int, reason: str, documents: list[int]) -> None:
+        """A step that updated nothing, and the documents of its batch; RUN/skipped.jsonl outlives roll-backs."""
+        print(f"step {step}  skipped: {reason}; documents {_shortened(documents)}", file=sys.stderr, flush=True)
+        line = {"step": step, "reason": reason, "documents": documents, "time": time.time()}
+        self.skips.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def checkpoint(self, step: int, report: SaveReport) -> None:
+        """A save that was found complete at `step`, and what it cost."""
+        print(
+            f"step {step}  checkpoint {report.path}  {report.size / 1e6:,.1f} MB, training held "
+            f"{report.held_seconds:.3f} s, written in {report.write_seconds:.2f} s",
+            flush=True,
+        )
+        costs = {"held_seconds": report.held_seconds, "write_seconds": report.write_seconds, "bytes": report.size}
+        named = {f"checkpoint_{name}": value for name, value in costs.items()}
+        self._record({"step": step, "checkpoint_step": report.step, **named})
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: the run went back to it."""
+        self.file.close()
+        self.file = _Lines(self.run_dir / "metrics.jsonl", step)
+        self.resume_clock()
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss in nats per token; the time it took is not counted as training."""
@@ -98,15 +135,52 @@ class MetricsLog:
         self._since, self._tokens = time.perf_counter(), 0
 
     def _record(self, values: dict[str, Any]) -> None:
-        self.file.write(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE))
-        self.file.flush()
-        if self.wandb is not None:
+        self.file.append(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE))
+        if self.wandb is None:
+            return
+        try:
             self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+        except Exception as error:
+            print(f"wandb failed, training goes on without it: {error}", file=sys.stderr, flush=True)
+            self.wandb = None
 
     def close(self) -> None:
         self.file.close()
+        self.skips.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class _Lines:
+    """A file of whole lines, written at once; what a full disk refuses waits for the next line."""
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        if last_step is not None and path.exists():
+            _drop_lines_after(path, last_step)
+        self.path, self.file = path, path.open("ab", buffering=0)
+        self.waiting: list[bytes] = []
+
+    def append(self, line: bytes) -> None:
+        refused_before = bool(self.waiting)
+        self.waiting.append(line)
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while self.waiting:
+                if self.file.write(self.waiting[0]) != len(self.waiting[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                end += len(self.waiting.pop(0))
+        except OSError as error:
+            self.file.truncate(end)  # no half line
+            if not refused_before:
+                print(f"{self.path}: {error.strerror}; lines are kept in memory", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _shortened(numbers: list[int], most: int = 20) -> str:
+    more = f", … {len(numbers) - most} more in skipped.jsonl" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -119,8 +193,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
         except orjson.JSONDecodeError:
             continue
     write_durably(path, b"".join(kept))
-
-
-def write_status(run_dir: Path, reason: str, step: int) -> None:
-    """status.json: why the run last stopped ("done", "signal" or "error") and where."""
-    write_durably(run_dir / "status.json", orjson.dumps({"reason": reason, "step": step, "time": time.time()}))

@@ -1,79 +1,121 @@
 """Train a model: `python -m pretrain.train CONFIG [key=value …]`, under torchrun for more than one process.
 
-Resumes by itself from the newest checkpoint in run_dir. SIGUSR1 and SIGTERM save and stop.
+Resumes by itself from the newest checkpoint in run_dir, whatever number of processes, tensor-parallel size or ZeRO
+stage wrote it. SIGUSR1, SIGTERM, Ctrl-C and a file RUN/STOP save and stop; status.json says why it ended.
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from omegaconf import OmegaConf
 
 from data_tools.files import write_durably
 from pretrain.config import Config, ConfigError, load_config
+from pretrain.status import write_failure, write_status
+from pretrain.stop import Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
+    from pretrain.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__)
-    parser.add_argument("config", help="a YAML file, like launch/configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="like train.seed=1 parallel.tensor=2")
-    parsed = parser.parse_args(arguments)
+    parsed = _parser().parse_intermixed_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
-        return train(config)
+        with StopRequest(Path(config.run_dir) / "STOP", parsed.stop_file) as stop:
+            return train(config, stop, parsed.allow, parsed.from_step)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"error (rank {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
         return 2
 
 
-def train(config: Config) -> int:
-    """Run to the end or to a signal; the exit code says whether the run may go on (0) or failed (1)."""
-    run_dir = Path(config.run_dir)
-    rank = int(os.environ.get("RANK", 0))
-    if (run_dir / "DONE").exists():
-        if rank == 0:
-            print(f"{run_dir} is done: {run_dir / 'DONE'} exists; remove it, or set another run_dir")
-        return 0
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__)
+    parser.add_argument("config", help="a YAML file, like launch/configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="like train.seed=1 parallel.tensor=2")
+    allow = "resume although this key of model, optim, data or train (or all of a section) is not the checkpoint's"
+    parser.add_argument("--allow", action="append", default=[], metavar="KEY", help=f"{allow}; may be repeated")
+    parser.add_argument("--from-step", type=int, metavar="N", help="resume from this checkpoint; set later ones aside")
+    parser.add_argument("--stop-file", type=Path, metavar="FILE", help="stop as at a signal when this file appears")
+    return parser
+
+
+def train(config: Config, stop: StopRequest, allowed: Sequence[str] = (), from_step: int | None = None) -> int:
+    """Run to the end or to a stop; the exit code says whether all is in order (0) or it failed (1).
+
+    Raises ValueError for what can't run; status.json has it too.
+    """
+    run_dir, first = Path(config.run_dir), os.environ.get("RANK", "0") == "0"
+    for name, advice in {"DONE": "is done; set another run_dir, or remove", "STOP": "waits; to go on, remove"}.items():
+        if (run_dir / name).exists():
+            if first:
+                print(f"{run_dir} {advice} {run_dir / name}")
+            return 0
     _quiet_libraries()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     # Late: these take seconds, and wrong arguments must not.
-    from pretrain.metrics import write_status
     from pretrain.parallel.mesh import init_mesh
-    from pretrain.trainer import StopSignal, Trainer
 
-    stop = StopSignal()  # first of all: Slurm signals once, and building a large model takes minutes
     with init_mesh(config.parallel.tensor) as mesh:
-        if rank == 0:
+        if first:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-        trainer = None
-        try:
-            if not _kernels_work(mesh, run_dir):
-                return 1
-            trainer = Trainer(config, mesh, stop)
-            if rank == 0:
-                print(_summary(config, mesh.data_size), flush=True)
-            reason = trainer.run()
-        except Exception as error:
-            if rank == 0:
-                write_status(run_dir, "error", trainer.progress.step if trainer else 0)
-            if trainer is None and isinstance(error, ValueError):
-                raise  # what the user asked for does not fit, and every rank finds that out
-            traceback.print_exc()
-            os._exit(1)  # the others may be waiting in a collective: the launcher ends them
-        if rank == 0:
-            print(f"{reason}: {trainer.progress.consumed_tokens:,} tokens; everything is in {run_dir}")
+            write_status(run_dir, "running")
+        mesh.from_first(None)  # no rank's failure is overwritten by that
+        return _train(config, mesh, stop, allowed, from_step)
+
+
+def _train(config: Config, mesh: "Mesh", stop: StopRequest, allowed: Sequence[str], from_step: int | None) -> int:
+    from pretrain.checkpoint import CheckpointError
+    from pretrain.trainer import Trainer, TrainingError
+
+    run_dir = Path(config.run_dir)
+    if not _kernels_work(mesh, run_dir):
+        return 1
+    try:
+        trainer = Trainer(config, mesh, stop, allowed, from_step)
+    except Interrupted:
+        if mesh.rank == 0:
+            write_status(run_dir, stop.wanted().name.lower(), detail="asked to stop before training began")
+        return 0
+    except (ValueError, FileNotFoundError, CheckpointError) as error:  # every rank finds that out
+        write_failure(run_dir, "bad_input", 0, 0, str(error))
+        raise ValueError(error) from error
+    except Exception as error:
+        _end_at_once(run_dir, mesh, None, "error", error)
+    if mesh.rank == 0:
+        print(_summary(config, mesh.data_size), flush=True)
+    try:
+        reason = trainer.run()
+    except CheckpointError as error:
+        _end_at_once(run_dir, mesh, trainer, "checkpoint", error)
+    except TrainingError as error:
+        _end_at_once(run_dir, mesh, trainer, "not_finite", error)
+    except Exception as error:
+        _end_at_once(run_dir, mesh, trainer, "error", error)
+    if mesh.rank == 0:
+        print(f"{reason}: {trainer.progress.consumed_tokens:,} tokens; everything is in {run_dir}")
     return 0
+
+
+def _end_at_once(run_dir: Path, mesh: "Mesh", trainer: "Trainer | None", reason: str, error: Exception) -> NoReturn:
+    """Say why, and leave without a word to the other ranks, which may wait in a collective: the launcher ends them."""
+    traceback.print_exception(error)
+    step, tokens = (trainer.progress.step, trainer.progress.consumed_tokens) if trainer else (0, 0)
+    write_failure(run_dir, reason, step, tokens, f"rank {mesh.rank}: {type(error).__name__}: {error}")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
@@ -83,7 +125,6 @@ def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
     node's processors, and its first one tests for all. What has passed before is not tested again.
     """
     from kernels import selftest
-    from pretrain.metrics import write_status
 
     problem = None
     if mesh.device.type == "cuda" or os.environ["LOCAL_RANK"] == "0":
@@ -93,10 +134,8 @@ def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
             problem = str(error)
             # Now: a GPU that has failed may not let this rank meet the others.
             print(f"error (rank {mesh.rank}): {problem}", file=sys.stderr, flush=True)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_status(run_dir, "error", 0)
-    problems: list[str | None] = [None] * mesh.world_size
-    torch.distributed.all_gather_object(problems, problem)
+            write_failure(run_dir, "error", 0, 0, f"rank {mesh.rank}: {problem}")
+    problems = mesh.gather_objects(problem)
     if mesh.rank == 0:
         for rank, other in enumerate(problems[1:], 1):
             if other:
@@ -122,4 +161,5 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a stack instead of nothing, where a library crashes or a mapped file is cut short
     sys.exit(main())

@@ -1,6 +1,8 @@
-"""The training loop: `Trainer.run` calls `train_step` until the tokens are consumed or a signal comes."""
+"""The training loop: `Trainer.run` calls `train_step` until the tokens are consumed or a stop is asked for."""
 
-import signal
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +11,22 @@ import torch
 from data_tools.files import write_durably
 from longhorn_layers.model import LanguageModel
 from pretrain import checkpoint
-from pretrain.checkpoint import Progress
+from pretrain.checkpoint import CheckpointWriter, Progress
 from pretrain.config import Config, ConfigError, config_to_dict
 from pretrain.data import IGNORED, TrainingData, read_manifest, token_stream, windows
-from pretrain.metrics import MetricsLog, write_status
+from pretrain.guard import StepGuard, read_rollbacks, write_rollbacks
+from pretrain.metrics import MetricsLog
 from pretrain.optim import learning_rate
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import shard_model
 from pretrain.parallel.zero import ZeroEngine
+from pretrain.status import write_status
+from pretrain.stop import Stop, StopRequest
+from pretrain.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
     """The run can't go on; its last checkpoint is sound."""
-
-
-class StopSignal:
-    """SIGUSR1 (a time limit is near) or SIGTERM (preemption): finish the step, save, leave."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self.received = True
 
 
 def build_model(config: Config, mesh: Mesh) -> LanguageModel:
@@ -44,35 +38,65 @@ def build_model(config: Config, mesh: Mesh) -> LanguageModel:
 
 
 class Trainer:
-    """A run on this rank: built from its config, resumed from its newest checkpoint if there is one."""
+    """A run on this rank: built from its config, resumed from its newest checkpoint if there is one.
 
-    def __init__(self, config: Config, mesh: Mesh, stop: StopSignal | None = None) -> None:
-        self.config, self.mesh, self.stop = config, mesh, stop
+    `allowed`: keys of `run_identity` that may differ from the checkpoint's. `from_step`: resume from that checkpoint;
+    later ones are set aside. Raises CheckpointError where there is none to go on from, Interrupted where `stop` is
+    asked for meanwhile.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        stop: StopRequest | None = None,
+        allowed: Sequence[str] = (),
+        from_step: int | None = None,
+    ) -> None:
+        self.config, self.mesh = config, mesh
         self.run_dir = Path(config.run_dir)
-        self.data = TrainingData(config, mesh)
+        self.stop = stop or StopRequest(self.run_dir / "STOP")
+        self.data = TrainingData(config, mesh, self.stop)
         self.validation = ValidationLoss(config, mesh) if config.data.valid and config.eval.interval else None
+        self.identity = run_identity(config, self.data)
         self.engine = ZeroEngine(build_model(config, mesh), config, mesh)
-        self.progress = self._resume()
+        self.writer = CheckpointWriter(mesh, config, self.identity, tokenizer_record(self.data))
+        self.saved_step: int | None = None
+        self.stopping = Stop.NONE
+        self.forward_seconds: tuple[float, ...] = ()  # of each rank, in the last step
+        self.progress = self._resume(allowed, from_step) or Progress()
+        rollbacks = mesh.from_first(read_rollbacks(self.run_dir) if mesh.rank == 0 else None)
+        self.guard = StepGuard(config.recovery, rollbacks, self.progress.recent_losses)
 
     def run(self) -> str:
-        """Train to total_tokens; returns why it ended: "done" or "signal"."""
+        """Train to total_tokens; returns why it ended: "done", "signal" or "stop_file"."""
         log = MetricsLog(self.config, self.mesh.world_size, self.progress.step) if self.mesh.rank == 0 else None
-        stopping = False
-        while not (stopping or self.finished):
-            values = self.train_step()
-            if log:
-                log.train_step(self.progress.step, self.progress.consumed_tokens, values)
-            stopping = self.mesh.any(self.stop is not None and self.stop.received)
-            saved = stopping or self._due(self.config.checkpoint.interval)
-            if saved:
-                self.save()
-            validated = not stopping and self._validate_if_due(log)
-            if log and (saved or validated):
-                log.resume_clock()
-        reason = "done" if self.finished else "signal"
+        with Watchdog(self.run_dir, self.mesh.rank, self.mesh.world_size, self.config.recovery.step_timeout) as dog:
+            self._agree(log)
+            if self.saved_step is None and not self.stopping:
+                self.save()  # a disk that refuses it shows now, and a roll-back has where to go
+            while not (self.stopping or self.finished):
+                values = self.train_step()
+                dog.beat(self.progress.step, self.progress.consumed_tokens)
+                self._agree(log)
+                if log and values:
+                    self._record(log, values)
+                if self.guard.must_roll_back(self.finished) and not self.stopping:
+                    self._roll_back(log)
+                loss = self._validate_if_due(log, dog)
+                if self._save_is_due():
+                    self.save(loss)
+            report = self.writer.wait()
         if log:
+            if report:
+                log.checkpoint(self.progress.step, report)
             log.close()
-            write_status(self.run_dir, reason, self.progress.step)
+        return self._leave()
+
+    def _leave(self) -> str:
+        reason = "done" if self.finished else self.stopping.name.lower()
+        if self.mesh.rank == 0:
+            write_status(self.run_dir, reason, self.progress.step, self.progress.consumed_tokens)
             if reason == "done":
                 write_durably(self.run_dir / "DONE", b"")
         return reason
@@ -84,68 +108,140 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return self.finished or self.progress.step % interval == 0
 
-    def _validate_if_due(self, log: MetricsLog | None) -> bool:
-        if self.validation is None or not self._due(self.config.eval.interval):
-            return False
-        loss = self.validation.measure(self.engine)
-        if log:
-            log.validation(self.progress.step, loss)
-        return True
+    def _save_is_due(self) -> bool:
+        """Not between steps that were skipped: the model may be what is wrong."""
+        due = bool(self.stopping) or self._due(self.config.checkpoint.interval)
+        return due and not self.guard.in_a_row and self.saved_step != self.progress.step
 
-    def train_step(self) -> dict[str, float]:
+    def _agree(self, log: MetricsLog | None) -> None:
+        """What ranks tell each other after each step: stops, failed saves, how long their own work took.
+
+        Raises CheckpointError, on every rank at the same step, where a save in the background failed.
+        """
+        own = [float(self.stop.wanted()), float(self.writer.failed()), self.engine.forward_clock.read()]
+        stops, failures, self.forward_seconds = zip(*self.mesh.gather(own), strict=True)
+        self.stopping = Stop(int(max(stops)))
+        if any(failures):
+            self.writer.wait()
+        if log and (report := self.writer.finished()):
+            log.checkpoint(self.progress.step, report)
+
+    def _record(self, log: MetricsLog, values: dict[str, Any]) -> None:
+        step, seconds = self.progress.step, self.forward_seconds
+        values |= {
+            "forward_seconds_median": statistics.median(seconds),
+            "forward_seconds_max": max(seconds),
+            "slowest_rank": seconds.index(max(seconds)),
+        }
+        log.train_step(step, self.progress.consumed_tokens, values)
+        if self.guard.in_a_row:
+            log.skipped(step, self.guard.reason, self.data.documents(step - 1))
+
+    def _validate_if_due(self, log: MetricsLog | None, dog: Watchdog) -> float | None:
+        """The validation loss, or None where none is due or a stop came in between."""
+        if self.validation is None or self.stopping or not self._due(self.config.eval.interval):
+            return None
+
+        def interrupted() -> bool:
+            dog.beat(self.progress.step, self.progress.consumed_tokens)
+            self.stopping = Stop(int(max(row[0] for row in self.mesh.gather([float(self.stop.wanted())]))))
+            return bool(self.stopping)
+
+        loss = self.validation.measure(self.engine, interrupted)
+        if log and loss is not None:
+            log.validation(self.progress.step, loss)
+        if log:
+            log.resume_clock()
+        return loss
+
+    def train_step(self) -> dict[str, Any] | None:
         """One optimizer step over the global batch; returns its loss (nats per token), gradient norm and rate.
 
-        Raises TrainingError where the loss or the gradient is not finite: nothing of that step is saved.
+        A step that the guard refuses updates nothing ("skipped" says why); one that a roll-back found bad is passed
+        over. None where the process is told to end at once: nothing happened.
         """
+        if self.guard.passes_over(self.progress.step + 1):
+            self._advance(updated=False)
+            return {"loss": math.nan, "grad_norm": math.nan, "lr": 0.0, "skipped": "bad before a roll-back"}
+        total, n_targets = self._accumulate_gradients()
+        if total is None:
+            return None
+        [loss] = self.mesh.all_reduce([float(total)])
+        loss, rate, norm = loss / n_targets, learning_rate(self.config, self.progress.consumed_tokens), math.nan
+        problem = self.guard.judge_loss(loss)
+        if problem:
+            self.engine.discard_step()
+        else:
+            norm = self.engine.step(rate)
+            problem = self.guard.judge_gradient(norm)
+        self.guard.record(self.progress.step + 1, loss, problem)
+        self._advance(updated=problem is None)
+        return {"loss": loss, "grad_norm": norm, "lr": rate} | ({"skipped": problem} if problem else {})
+
+    def _accumulate_gradients(self) -> tuple[torch.Tensor | None, float]:
+        """This rank's summed loss and the global batch's targets; no loss where a stop can't wait for the rest."""
         batches = self.data.micro_batches(self.progress.step)
-        local_targets = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
-        [n_targets] = self.mesh.all_reduce([float(local_targets)])
+        [n_targets] = self.mesh.all_reduce([float(sum(int((b["targets"] != IGNORED).sum()) for b in batches))])
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(batches):
             total += self.engine.forward_backward(batch, n_targets)
             if i + 1 < len(batches):
                 self.engine.end_micro_batch()
-        rate = learning_rate(self.config, self.progress.consumed_tokens)
-        grad_norm = self.engine.step(rate)
-        [loss] = self.mesh.all_reduce([float(total)])
-        values = {"loss": loss / n_targets, "grad_norm": grad_norm, "lr": rate}
-        if not all(torch.tensor(v).isfinite() for v in values.values()):
-            raise TrainingError(f"step {self.progress.step + 1} is not finite: {values}")
+                if self.mesh.any(self.stop.urgent):
+                    return None, n_targets
+        return total, n_targets
+
+    def _advance(self, updated: bool) -> None:
         self.progress = Progress(
             self.progress.step + 1,
             self.progress.consumed_tokens + self.config.tokens_per_step,
-            self.progress.optimizer_steps + 1,
+            self.progress.optimizer_steps + updated,
+            self.guard.recent_losses,
         )
-        return values
 
-    def save(self) -> Path:
-        """Write a checkpoint of where the run stands."""
-        tokenizer = self.data.manifest.tokenizer
-        record = {f: getattr(tokenizer, f) for f in ("name", "sha256", "vocab_size", "eos_id")}
-        path = checkpoint.save(
-            self.engine, self.mesh, self.config, self.progress, run_identity(self.config, self.data), record
-        )
-        if self.mesh.rank == 0:
-            print(f"step {self.progress.step}  checkpoint {path}", flush=True)
-        return path
+    def save(self, validation_loss: float | None = None) -> None:
+        """Begin to write a checkpoint of where the run stands; `writer.wait` sees it complete."""
+        self.writer.start(self.engine, self.progress, validation_loss)
+        self.saved_step = self.progress.step
 
-    def _resume(self) -> Progress:
-        # Rank 0 looks, and verifies hashes once: all ranks must resume from the same one.
-        found: list[Any] = [None]
+    def _roll_back(self, log: MetricsLog | None) -> None:
+        """To the last checkpoint, to pass over the steps that were skipped in a row.
+
+        Raises TrainingError, with a report, where that was tried often enough.
+        """
+        self.writer.wait()
+        bad, reason = self.guard.in_a_row, self.guard.reason
+        folder = checkpoint.choose(self.mesh, self.run_dir)
+        to_step = checkpoint.read_manifest(folder).progress.step if folder else 0
+        report = f"steps {bad[0]} to {bad[-1]} updated nothing ({reason})"
+        if folder is None or not self.guard.roll_back(to_step):
+            tried = f"{self.config.recovery.max_rollbacks} roll-backs to step {to_step} have not helped"
+            raise TrainingError(f"{report}, and {tried}; their documents are in {self.run_dir / 'skipped.jsonl'}")
+        self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity)
+        self.saved_step = to_step
+        self.guard.rewind(self.progress.recent_losses)
+        if log:
+            write_rollbacks(self.run_dir, self.guard.rollbacks)
+            log.rewind(to_step)
+            print(f"{report}: back to {folder}, passing over them from there", flush=True)
+
+    def _resume(self, allowed: Sequence[str], from_step: int | None) -> Progress | None:
+        checkpoint.check_allowed(allowed, self.identity)
+        folder = checkpoint.choose(self.mesh, self.run_dir, from_step)
+        if folder is None:
+            return None
+        progress = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)
+        self.saved_step = progress.step
         if self.mesh.rank == 0:
-            try:
-                found = [checkpoint.newest(self.run_dir)]
-            except checkpoint.CheckpointError as error:
-                found = [error]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        if found[0] is None:
-            return Progress()
-        progress = checkpoint.load(self.engine, self.mesh, found[0], run_identity(self.config, self.data))
-        if self.mesh.rank == 0:
-            print(f"resumed from {found[0]} at {progress.consumed_tokens:,} tokens", flush=True)
+            checkpoint.set_back(folder)
+            print(f"resumed from {folder} at {progress.consumed_tokens:,} tokens", flush=True)
         return progress
+
+
+def tokenizer_record(data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint says of the tokenizer that its tokens are of."""
+    tokenizer = data.manifest.tokenizer
+    return {name: getattr(tokenizer, name) for name in ("name", "sha256", "vocab_size", "eos_id")}
 
 
 def run_identity(config: Config, data: TrainingData) -> dict[str, Any]:
@@ -178,8 +274,11 @@ class ValidationLoss:
                 f"no window of data.seqlen={seqlen} fits; set eval.interval=0 to train without validation"
             )
 
-    def measure(self, engine: ZeroEngine) -> float:
-        """Nats per token over the same windows whatever the number of ranks."""
+    def measure(self, engine: ZeroEngine, interrupted: Callable[[], bool] = lambda: False) -> float | None:
+        """Nats per token over the same windows whatever the number of ranks.
+
+        None where `interrupted`, asked after each batch and answered alike on all ranks, says so.
+        """
         size, ranks = self.config.train.micro_batch_size, self.mesh.data_size
         total, scored = 0.0, 0.0
         with engine.evaluating() as model:
@@ -192,5 +291,7 @@ class ValidationLoss:
                     targets = torch.full_like(targets, IGNORED)
                 total += float(model(ids.to(self.mesh.device), targets.to(self.mesh.device)))
                 scored += float((targets != IGNORED).sum())
+                if interrupted():
+                    return None
         total, scored = self.mesh.all_reduce([total, scored])
         return total / scored

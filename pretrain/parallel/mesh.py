@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,11 @@ TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others has l
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place, and the `mpu` that DeepSpeed asks for groups."""
+    """This process's place, and the `mpu` that DeepSpeed asks for groups.
+
+    `control_group` and `writer_group` join all processes over the hosts' network (gloo): what is agreed on there
+    waits for no GPU, and the thread that writes checkpoints has one to itself.
+    """
 
     device: torch.device
     rank: int
@@ -24,6 +29,8 @@ class Mesh:
     tensor_size: int
     data_rank: int
     data_size: int
+    control_group: dist.ProcessGroup
+    writer_group: dist.ProcessGroup
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -58,11 +65,28 @@ class Mesh:
         dist.all_reduce(tensor, op, group=self.data_group)
         return tensor.tolist()
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every process's numbers, by rank: all get the same."""
+        own = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(rows, own, group=self.control_group)
+        return [row.tolist() for row in rows]
+
     def any(self, flag: bool) -> bool:
-        """Whether any process of the world raises the flag: all get the same answer."""
-        tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        """Whether any process raises the flag: all get the same answer."""
+        return any(row[0] for row in self.gather([float(flag)]))
+
+    def gather_objects(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Every process's item, by rank; over the control group, or the given one."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=group or self.control_group)
+        return items
+
+    def from_first(self, item: Any) -> Any:
+        """Rank 0's item."""
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self.control_group)
+        return items[0]
 
 
 @contextmanager
@@ -107,13 +131,16 @@ def split_world(tensor: int, device: torch.device) -> Iterator[Mesh]:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(f"parallel.tensor={tensor} does not divide {world_size} processes; what does: {divisors}")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    hosts = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
     try:
-        yield _mesh(device)
+        yield _mesh(device, *hosts)
     finally:
+        for group in hosts:
+            dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 
-def _mesh(device: torch.device) -> Mesh:
+def _mesh(device: torch.device, control_group: dist.ProcessGroup, writer_group: dist.ProcessGroup) -> Mesh:
     return Mesh(
         device=device,
         rank=dist.get_rank(),
@@ -122,4 +149,6 @@ def _mesh(device: torch.device) -> Mesh:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        control_group=control_group,
+        writer_group=writer_group,
     )

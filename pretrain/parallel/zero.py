@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.clock import DeviceClock
 from pretrain.config import Config
 from pretrain.optim import build_optimizer, cast_matrices
 from pretrain.parallel.mesh import Mesh
@@ -61,6 +62,10 @@ class ZeroEngine:
             config=_deepspeed_config(config, self.grad_accum_steps),
             mpu=mesh,
         )
+        if self.stage < 3 and config.train.precision == "bf16":
+            # A step whose gradient is not finite must update nothing: it looks by itself, but not in a bf16 group.
+            self.engine.optimizer.check_grad_overflow = True
+        self.forward_clock = DeviceClock(mesh.device)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._prepare_moments()
 
@@ -78,18 +83,35 @@ class ZeroEngine:
         `n_targets` counts the unmasked targets of the whole global batch: the gradient that `step` uses is that of
         (sum of losses over the global batch) / n_targets.
         """
-        loss = self.engine(**batch)
+        with self.forward_clock:
+            loss = self.engine(**batch)
         # DeepSpeed averages over micro-batches and ranks; our losses are sums.
         self.engine.backward(loss * (self.grad_accum_steps * self.mesh.data_size / n_targets))
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, zero the gradients; returns the global gradient norm before clipping."""
+        """Clip, update, zero the gradients; returns the global gradient norm before clipping.
+
+        Where that is not finite, nothing is updated on any rank, and it is NaN (DeepSpeed says -1 or inf).
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for a norm that is not finite
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.nan
+
+    def discard_step(self) -> None:
+        """End the step without an update, the way DeepSpeed does where a gradient is not finite."""
+        optimizer = self.engine.optimizer
+        checks = getattr(optimizer, "check_grad_overflow", None)
+        # Each stage calls this method first, and then looks at the flag.
+        name = "_overflow_check_and_loss_scale_update" if self.stage == 3 else "check_overflow"
+        setattr(optimizer, name, lambda *_, **__: setattr(optimizer, "overflow", True))
+        optimizer.check_grad_overflow = True
+        try:
+            self.engine.step()
+        finally:
+            delattr(optimizer, name)
+            optimizer.check_grad_overflow = checks
 
     def end_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro-batch which is not the step's last is over."""

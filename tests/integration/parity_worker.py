@@ -86,6 +86,7 @@ def run_case(case: dict[str, Any], config: Config, device: torch.device, output:
         losses, norms, gradients = train(trainer, case["steps"])
         if case.get("save"):
             trainer.save()
+            trainer.writer.wait()
         tensors = {f"gradient|{n}": t for n, t in gradients.items()}
         tensors |= {f"parameter|{n}": t for n, t in masters(mesh, trainer.engine).items()}
         if mesh.rank == 0:
