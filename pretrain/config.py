@@ -99,7 +99,7 @@ class RecoveryConfig:
     """What a run does about steps that go wrong. See pretrain/guard.py and pretrain/watchdog.py."""
 
     max_skips: int = 5  # steps skipped in a row for a loss or gradient that is not finite (or a spike)
-    max_rollbacks: int = 3  # after max_skips, back to the last checkpoint; after so many of these, stop
+    max_rollbacks: int = 3  # after max_skips, back to the last checkpoint; of a run, before it stops
     spike_sigmas: float | None = None  # a loss so many standard deviations above the mean is a spike; None: none is
     spike_window: int = 128  # of the last so many trained steps' losses
     step_timeout: float = 600.0  # seconds without progress on a rank after which the watchdog ends the job

@@ -2,8 +2,9 @@
 
 A step whose loss or gradient is not finite is skipped on all ranks: its tokens count as consumed, nothing is updated.
 That mends a bad batch. A weight or a moment that went bad is not mended by it: after `max_skips` in a row the run goes
-back to its last checkpoint and passes over those batches when it comes to them again. After `max_rollbacks` to the
-same checkpoint it stops. A loss far above the last ones (`spike_sigmas`) is treated the same, where that is set.
+back to its last checkpoint and passes over those batches when it comes to them again. After `max_rollbacks` it stops:
+somebody should look, and may then raise that number. A loss far above the last ones (`spike_sigmas`) is treated the
+same, where that is set.
 """
 
 import math
@@ -79,12 +80,13 @@ class StepGuard:
         """After the last step there is no other that could show that the model is sound."""
         return len(self.in_a_row) >= (1 if last_step else self.config.max_skips)
 
-    def roll_back(self, to_step: int) -> bool:
-        """Note a return to the checkpoint of `to_step`; False where that was tried often enough."""
-        if sum(r.to_step == to_step for r in self.rollbacks) >= self.config.max_rollbacks:
-            return False
+    @property
+    def may_roll_back(self) -> bool:
+        return len(self.rollbacks) < self.config.max_rollbacks
+
+    def roll_back(self, to_step: int) -> None:
+        """Note a return to the checkpoint of `to_step`, for the steps that were refused in a row."""
         self.rollbacks.append(Rollback(to_step, self.in_a_row[0], self.in_a_row[-1], self.reason))
-        return True
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:

@@ -207,16 +207,21 @@ class Trainer:
     def _roll_back(self, log: MetricsLog | None) -> None:
         """To the last checkpoint, to pass over the steps that were skipped in a row.
 
-        Raises TrainingError, with a report, where that was tried often enough.
+        Raises TrainingError, with a report, where that was done often enough.
         """
         self.writer.wait()
-        bad, reason = self.guard.in_a_row, self.guard.reason
+        bad = self.guard.in_a_row
+        report = f"steps {bad[0]} to {bad[-1]} updated nothing ({self.guard.reason})"
+        if not self.guard.may_roll_back:
+            raise TrainingError(
+                f"{report}, after {len(self.guard.rollbacks)} roll-backs (rollbacks.json); skipped.jsonl in "
+                f"{self.run_dir} has their documents. To go on all the same, raise recovery.max_rollbacks"
+            )
         folder = checkpoint.choose(self.mesh, self.run_dir)
-        to_step = checkpoint.read_manifest(folder).progress.step if folder else 0
-        report = f"steps {bad[0]} to {bad[-1]} updated nothing ({reason})"
-        if folder is None or not self.guard.roll_back(to_step):
-            tried = f"{self.config.recovery.max_rollbacks} roll-backs to step {to_step} have not helped"
-            raise TrainingError(f"{report}, and {tried}; their documents are in {self.run_dir / 'skipped.jsonl'}")
+        if folder is None:
+            raise TrainingError(f"{report}, and {self.run_dir} has no checkpoint to go back to")
+        to_step = checkpoint.read_manifest(folder).progress.step
+        self.guard.roll_back(to_step)
         self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity)
         self.saved_step = to_step
         self.guard.rewind(self.progress.recent_losses)

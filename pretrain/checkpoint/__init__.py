@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_00000500/rank_00000.safetensors   "<parameter>|<master, exp_avg or exp_avg_sq>", "rng|…"
                                   manifest.json            what the fragments are, sizes and hashes, config, data
+                                  manifest.sha256          the manifest's own
     RUN/latest                                             the newest one's name
 
 Written under a temporary name, synced, then renamed: a folder without a complete manifest does not exist for the

@@ -1,15 +1,18 @@
 """What a checkpoint's manifest holds, and the names of its files."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.files import write_durably
 from pretrain.parallel.tensor_parallel import Sharding
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 
 
 class CheckpointError(RuntimeError):
@@ -78,12 +81,28 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_*"))
 
 
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """The manifest, and its digest as `sha256sum` writes it: a flipped digit is still JSON."""
+    content = orjson.dumps(manifest, option=orjson.OPT_INDENT_2)
+    write_durably(folder / MANIFEST, content)
+    write_durably(folder / MANIFEST_DIGEST, _digest_line(content))
+
+
+def _digest_line(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """A checkpoint's manifest. Raises CheckpointError where it is missing, unreadable or of another format."""
+    """A checkpoint's manifest. Raises CheckpointError where it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        manifest = TypeAdapter(CheckpointManifest).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        content = path.read_bytes()
+        if (folder / MANIFEST_DIGEST).read_bytes() != _digest_line(content):
+            raise CheckpointError(f"{path} is damaged: its sha256 is not that of {MANIFEST_DIGEST}")
+        manifest = TypeAdapter(CheckpointManifest).validate_json(content)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from error
+    except ValidationError as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
     if manifest.format_version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {manifest.format_version}; this code reads {FORMAT_VERSION}")

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,13 +19,13 @@ from pretrain.checkpoint import rng
 from pretrain.checkpoint.find import set_aside
 from pretrain.checkpoint.format import (
     FORMAT_VERSION,
-    MANIFEST,
     CheckpointError,
     CheckpointManifest,
     Progress,
     RankFile,
     rank_file_name,
     step_name,
+    write_manifest,
 )
 from pretrain.checkpoint.retention import REMOVED, forget_old
 from pretrain.config import Config, config_to_dict
@@ -161,7 +160,7 @@ class CheckpointWriter:
         return RankFile(path.name, path.stat().st_size, sha256_file(path), self.mesh.tensor_rank, places)
 
     def _publish(self, partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-        write_durably(partial / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        write_manifest(partial, manifest)
         sync(partial)
         set_aside(final)
         os.rename(partial, final)

@@ -1,38 +1,23 @@
 """Checkpoints on disk: whole or absent, verified, passed over when damaged, refused when another run's."""
 
+import concurrent.futures
 import json
 import math
+import random
+import re
 import shutil
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from longhorn_layers.config import ModelConfig
-from pretrain.checkpoint import save as saving
 from pretrain.checkpoint import CheckpointError, load_model, newest, read_manifest
+from pretrain.checkpoint import save as saving
 from pretrain.config import Config
-from pretrain.parallel.mesh import Mesh, init_mesh
+from pretrain.parallel.mesh import Mesh
 from pretrain.trainer import Trainer
-
-
-@pytest.fixture
-def mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
-    # ZeRO-3 replaces this function for the rest of the process: give other tests torch's own back.
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-    with init_mesh(1) as mesh:
-        yield mesh
-
-
-@pytest.fixture
-def config(shard, tmp_path: Path) -> Config:  # type: ignore[no-untyped-def]
-    config = Config(run_dir=str(tmp_path / "run"))
-    config.model = ModelConfig(vocab_size=512, d_model=32, n_layer=1)
-    config.data.train, config.data.seqlen = shard.prefix, 16
-    config.train.total_tokens, config.train.global_batch_size, config.train.micro_batch_size = 640, 4, 4
-    config.train.precision, config.checkpoint.keep_last = "fp32", 2
-    return config
 
 
 def trained(config: Config, mesh: Mesh, steps: int = 2) -> Trainer:
@@ -65,6 +50,83 @@ def test_layout_and_retention(config: Config, mesh: Mesh) -> None:
     assert covered == sum(torch.Size(s.shape).numel() for s in manifest.parameters.values())
 
 
+def saved(config: Config) -> list[int]:
+    folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
+    return sorted(int(f.name.removeprefix("step_")) for f in folders)
+
+
+def test_retention_is_the_union_of_its_rules(config: Config, mesh: Mesh) -> None:
+    config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best = 2, 3, True
+    trainer = Trainer(config, mesh)
+    for loss in (5.0, 3.0, None, 4.0, 3.5, 3.2, None, 3.1):  # the best after step 2
+        trainer.train_step()
+        trainer.save(loss)
+    trainer.writer.wait()
+    assert saved(config) == [2, 3, 6, 7, 8]
+    assert read_manifest(Path(config.run_dir) / "checkpoints" / "step_00000002").validation_loss == 3.0
+    assert not list((Path(config.run_dir) / "checkpoints").glob(".*"))
+
+
+def test_training_goes_on_while_a_save_is_written(config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write is held until later steps have changed the model: the checkpoint still is of its own step."""
+    may_write, write = threading.Event(), saving.save_file
+
+    def held(*arguments: object) -> None:
+        assert may_write.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "save_file", held)
+    trainer = trained(config, mesh, 0)
+    trainer.train_step()
+    want = masters(trainer)
+    trainer.save()
+    for _ in range(3):
+        trainer.train_step()
+    assert not trainer.writer.failed() and trainer.writer.finished() is None and saved(config) == []
+    may_write.set()
+    report = trainer.writer.wait()
+    assert saved(config) == [1] and report.step == 1 and report.held_seconds < report.write_seconds
+    assert report.size == sum(f.stat().st_size for f in report.path.glob("rank_*"))
+    resumed = Trainer(config, mesh)
+    assert_equal(masters(resumed), want)
+
+
+def test_a_save_that_failed_ends_the_run_at_the_next_step(
+    config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(config, mesh, 1)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", full_disk)
+    trainer.train_step()
+    trainer.save()
+    concurrent.futures.wait([trainer.writer._in_flight])
+    trainer.saved_step = 0  # as if the failed one had been due long ago: only the agreement may notice it
+    with pytest.raises(CheckpointError, match="step_00000002 was not written: rank 0: .*No space left"):
+        trainer.run()
+    assert trainer.progress.step == 2 and saved(config) == [1]
+    assert not list((Path(config.run_dir) / "checkpoints").glob(".partial*"))  # the disk is full
+
+
+def test_every_generator_goes_on_where_it_was(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    want = [torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1), random.random()]
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    Trainer(config, mesh)
+    got = [torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1), random.random()]
+    assert got == want
+
+
+def test_a_manifest_says_what_made_it(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    manifest = read_manifest(Path(config.run_dir) / "checkpoints" / "step_00000001")
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", manifest.commit)
+    assert manifest.versions["torch"] == torch.__version__
+    assert len(manifest.identity["data"]["train_sha256"]) == 128
+
+
 def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -82,6 +144,8 @@ def truncate(path: Path) -> None:
         (truncate, "rank_00000.safetensors"),
         (Path.unlink, "rank_00000.safetensors"),
         (truncate, "manifest.json"),
+        (flip_bit, "manifest.json"),
+        (Path.unlink, "manifest.sha256"),
         (Path.unlink, "manifest.json"),
     ],
 )
@@ -199,6 +263,38 @@ def test_another_run_is_refused_with_the_difference(config: Config, mesh: Mesh) 
     config.optim.lr, config.model.n_layer = 1e-2, 2
     with pytest.raises(CheckpointError, match=r"model.n_layer was 1, is 2; optim.lr was 0.0003, is 0.01"):
         Trainer(config, mesh)
+
+
+def test_what_may_differ_is_named(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    config.optim.lr, config.train.seed = 1e-2, 5
+    with pytest.raises(CheckpointError, match=r"train.seed was 1234, is 5\. .* --allow KEY"):
+        Trainer(config, mesh, allowed=["optim.lr"])
+    assert Trainer(config, mesh, allowed=["optim", "train.seed"]).progress.step == 1
+    with pytest.raises(ValueError, match="--allow optim.rate: not one of data.reset_at_eos"):
+        Trainer(config, mesh, allowed=["optim.rate"])
+
+
+def test_other_shapes_cannot_be_allowed(config: Config, mesh: Mesh) -> None:
+    trained(config, mesh, 1)
+    config.model.d_model = 64
+    with pytest.raises(CheckpointError, match=r"another model's parameters: .* was \[.*\], is \["):
+        Trainer(config, mesh, allowed=["model"])
+
+
+def test_a_named_step_is_that_one_or_an_error(config: Config, mesh: Mesh) -> None:
+    config.checkpoint.keep_last = 5
+    trained(config, mesh, 3)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has 1, 2, 3"):
+        Trainer(config, mesh, from_step=7)
+    folder = Path(config.run_dir) / "checkpoints"
+    flip_bit(folder / "step_00000002" / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="step_00000002/rank_00000.safetensors is damaged"):
+        Trainer(config, mesh, from_step=2)
+    assert saved(config) == [1, 2, 3]
+    assert Trainer(config, mesh, from_step=1).progress.step == 1
+    assert saved(config) == [1] and (folder.parent / "latest").read_text() == "step_00000001"
+    assert {p.name for p in folder.glob("set_aside_*")} == {"set_aside_step_00000002", "set_aside_step_00000003"}
 
 
 def test_loaded_model_has_the_trained_weights(config: Config, mesh: Mesh) -> None:
