@@ -17,7 +17,7 @@ ROOMS = {
         *("pretrain", "kernels", "longhorn_layers"),
         *("data_tools.files", "data_tools.shards", "data_tools.tokenizer"),
     ),
-    "launch": ("kernels", "longhorn_layers", "data_tools", "pretrain"),
+    "launch": ("launch.preflight", "kernels", "longhorn_layers", "data_tools", "pretrain"),
     "tests": ("kernels", "longhorn_layers", "data_tools", "pretrain"),
 }
 WITHOUT_PYTHON = {"launch"}

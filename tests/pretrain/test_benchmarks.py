@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from kernels.benchmarks.timing import Times
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel
-from pretrain.benchmarks import decode, llama, profile, step
+from pretrain.benchmarks import checkpoint, decode, llama, profile, step
 from pretrain.benchmarks.decode import Decoder, WrongLogits
 from pretrain.benchmarks.profile import Breakdown, Kernel
 from pretrain.benchmarks.step import Run, TorchStep, largest, random_batch
@@ -264,3 +264,19 @@ def test_llama_comparison_trains_both_on_random_ids(tmp_path: Path, context: int
     for model in models.values():
         before, after = model["loss_before_and_after_trial"]
         assert after < before
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+def test_checkpoint_command_measures_one_model_and_estimates_another(tiny: str, tmp_path: Path) -> None:
+    larger = tmp_path / "larger.yaml"
+    larger.write_text("model: {vocab_size: 300, d_model: 64, n_layer: 4}\n")
+    code = checkpoint.main([tiny, f"--for={larger}", "--repeats=2", f"--disk={tmp_path}", f"--output={tmp_path}"])
+    assert code == 0
+    (file,) = tmp_path.glob("checkpoint-*.json")
+    found = json.loads(file.read_text())["results"]
+    measured, estimated = found["measured"], found["estimated"]
+    assert 12 * measured["parameters"] < measured["bytes"] < 14 * measured["parameters"] + 20_000
+    ratio = estimated["parameters"] / measured["parameters"]
+    assert ratio > 4
+    assert estimated["seconds"]["write"] == pytest.approx(ratio * measured["seconds"]["write"])
+    assert not list(tmp_path.glob("checkpoint-benchmark-*"))

@@ -1,6 +1,5 @@
 """The validation loss of a run scores the same windows whatever the number of ranks."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def test_every_number_of_ranks_scores_the_same_seven_windows(config: Config, ran
         engine = ZeroEngine(model, config, mesh)
         OneOfMany.sums.clear()
         for rank in range(ranks):
-            one = OneOfMany(**asdict(mesh) | {"data_size": ranks, "data_rank": rank})
+            one = OneOfMany(**vars(mesh) | {"data_size": ranks, "data_rank": rank})
             ValidationLoss(config, one).measure(engine)
     totals, scored = zip(*OneOfMany.sums, strict=True)
     assert sum(scored) == 7 * 32
