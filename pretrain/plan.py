@@ -1,8 +1,10 @@
 """Command: what a run will take, before it takes it: memory, time, disk. Refuses what cannot run.
 
     python -m pretrain.plan launch/configs/1p3b.yaml nodes=4 gpus_per_node=8 parallel.tensor=2
+    python -m pretrain.plan launch/configs/1p3b.yaml --slurm launch/1p3b.sh
 
-Beside the config's keys there are the plan's own, which describe the machine: see `PlanOptions`.
+Beside the config's keys there are the plan's own, which describe the machine: see `PlanOptions`. With
+--slurm they are the script's, where not given, and what `sbatch` will do is checked and printed too.
 """
 
 import argparse
@@ -12,12 +14,13 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from longhorn_layers.config import LonghornConfig
@@ -29,6 +32,7 @@ from pretrain.flops import (
     scan_flops_per_token,
 )
 from pretrain.memory import GIB, MASTER_AND_MOMENTS, ParameterCounts, estimate_memory
+from pretrain.sbatch_script import SbatchScript
 
 DESCRIPTION = "What a run will take: memory, time, disk. Refuses what cannot run."
 UINT16_VOCABULARY = 65_500  # below it Megatron's .bin holds two bytes a token, else four
@@ -70,6 +74,10 @@ class Plan:
     def tokens_per_second(self) -> float:
         reached = self.options.gpus * self.options.peak_tflops * 1e12 * self.options.mfu
         return reached / flops_per_token(self.config.model)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return MASTER_AND_MOMENTS * self.counts.total
 
     def memory(self) -> dict[str, int]:
         return estimate_memory(self.config, self.counts, self.data_parallel)
@@ -269,7 +277,7 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
 def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
     keep_last = plan.config.checkpoint.keep_last
     width = 2 if plan.config.model.vocab_size < UINT16_VOCABULARY else 4
-    checkpoint, data = MASTER_AND_MOMENTS * plan.counts.total, width * plan.tokens
+    checkpoint, data = plan.checkpoint_bytes, width * plan.tokens
     held = (keep_last + 1) * checkpoint  # the next is complete before the oldest is removed
     return [
         (f"one checkpoint ({MASTER_AND_MOMENTS} bytes/parameter)", _gb(checkpoint)),
@@ -291,14 +299,18 @@ def _gb(size: float) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Print the tables: ruled on a terminal, bare columns elsewhere."""
     for title, rows in tables(plan):
-        table = Table(show_header=False, box=SIMPLE_HEAD if console.is_terminal else None)
-        table.add_column()
-        table.add_column(justify="right")
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == "total" else None)
-        console.print(title, style="bold", highlight=False)
-        console.print(table, highlight=False)
-        console.print()
+        show_table(title, rows, console)
+
+
+def show_table(title: str, rows: list[tuple[str, str]], console: Console, justify: JustifyMethod = "right") -> None:
+    table = Table(show_header=False, box=SIMPLE_HEAD if console.is_terminal else None)
+    table.add_column(no_wrap=True)
+    table.add_column(justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "total" else None)
+    console.print(title, style="bold", highlight=False)
+    console.print(table, highlight=False)
+    console.print()
 
 
 def check_memory(plan: Plan) -> None:
@@ -311,14 +323,50 @@ def check_memory(plan: Plan) -> None:
     raise ConfigError(f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}")
 
 
+def plan_job(config_path: str, script_path: Path, given: Sequence[str], console: Console) -> None:
+    """Plan a run on what its sbatch script asks for; print that, and what `sbatch` will do.
+
+    Raises ConfigError with everything that is in its way.
+    """
+    # Late: it reads shards, which takes seconds to import.
+    from pretrain import plan_slurm
+
+    script = SbatchScript.read(script_path)
+    machine = {"nodes": script.nodes, "gpus_per_node": script.gpus_per_node}
+    asked = [f"{key}={count}" for key, count in machine.items() if count]
+    options, overrides = split_overrides([*asked, *given])
+    run_dir = plan_slurm.job_run_dir(config_path, overrides)
+    config = load_config(config_path, [*overrides, f"run_dir={run_dir}"])
+    plan = Plan(config, options, ParameterCounts.of(config.model))
+    job = plan_slurm.Job(plan, script, config_path, tuple(overrides))
+    problems = [f"{script_path}: {problem}" for problem in plan_slurm.script_problems(script, config_path)]
+    problems += [f"{script_path}: {problem}" for problem in plan_slurm.signal_problems(job)]
+    problems += plan_slurm.shard_problems(config)
+    problems += [*plan_slurm.disk_problems(job), *plan_slurm.run_problems(job)]
+    try:
+        check_division(config, options)
+        show(plan, console)
+        check_memory(plan)
+    except ValueError as error:
+        problems.append(str(error))
+    show_table(f"sbatch {script_path}", plan_slurm.rows(job), console, justify="left")
+    if problems:
+        raise ConfigError("".join(f"\n- {problem}" for problem in problems))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with the reason on stderr where the run can't be."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.plan", description=DESCRIPTION)
     parser.add_argument("config", help="YAML file, like launch/configs/1p3b.yaml")
     own = ", ".join(f"{f.name}={f.default}" for f in fields(PlanOptions))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"the config's keys, or: {own}")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--slurm", type=Path, metavar="SCRIPT", help="also what `sbatch SCRIPT` will do")
+    # Options may come between the overrides.
+    parsed = parser.parse_intermixed_args(arguments)
     try:
+        if parsed.slurm:
+            plan_job(parsed.config, parsed.slurm, parsed.overrides, Console())
+            return 0
         options, overrides = split_overrides(parsed.overrides)
         config = load_config(parsed.config, overrides)
         check_division(config, options)

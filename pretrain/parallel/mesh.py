@@ -59,11 +59,13 @@ class Mesh:
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data_group
 
-    def all_reduce(self, values: list[float], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
-        """Numbers reduced over the data-parallel ranks (tensor-parallel ranks hold the same)."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op, group=self.data_group)
-        return tensor.tolist()
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """Numbers summed over the data-parallel ranks: bit for bit the same everywhere, as ranks decide by them.
+
+        Tensor-parallel ranks hold the same numbers; the first one's count.
+        """
+        rows = self.gather(values)[:: self.tensor_size]
+        return [sum(column) for column in zip(*rows, strict=True)]
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every process's numbers, by rank: all get the same."""
