@@ -17,6 +17,7 @@ import orjson
 from pydantic import TypeAdapter
 
 from data_tools.files import write_durably
+from pretrain.checkpoint import Progress
 from pretrain.config import RecoveryConfig
 
 
@@ -38,10 +39,9 @@ class StepGuard:
 
     def __init__(self, config: RecoveryConfig, rollbacks: Sequence[Rollback], recent_losses: Sequence[float]) -> None:
         self.config, self.rollbacks = config, list(rollbacks)
-        self.rewind(recent_losses)
+        self._begin(recent_losses)
 
-    def rewind(self, recent_losses: Sequence[float]) -> None:
-        """Go on from a checkpoint."""
+    def _begin(self, recent_losses: Sequence[float]) -> None:
         self.recent_losses = tuple(recent_losses)
         self.in_a_row: list[int] = []
         self.reason = ""
@@ -84,9 +84,10 @@ class StepGuard:
     def may_roll_back(self) -> bool:
         return len(self.rollbacks) < self.config.max_rollbacks
 
-    def roll_back(self, to_step: int) -> None:
-        """Note a return to the checkpoint of `to_step`, for the steps that were refused in a row."""
-        self.rollbacks.append(Rollback(to_step, self.in_a_row[0], self.in_a_row[-1], self.reason))
+    def roll_back(self, to: Progress) -> None:
+        """Note a return to a checkpoint, for the steps that were refused in a row, and go on from there."""
+        self.rollbacks.append(Rollback(to.step, self.in_a_row[0], self.in_a_row[-1], self.reason))
+        self._begin(to.recent_losses)
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:

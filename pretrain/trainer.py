@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from data_tools.files import write_durably
 from longhorn_layers.model import LanguageModel
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointWriter, Progress
-from pretrain.config import Config, ConfigError, config_to_dict
-from pretrain.data import IGNORED, TrainingData, read_manifest, token_stream, windows
+from pretrain.config import Config, config_to_dict
+from pretrain.data import IGNORED, TrainingData
 from pretrain.guard import StepGuard, read_rollbacks, write_rollbacks
 from pretrain.metrics import MetricsLog
 from pretrain.optim import learning_rate
@@ -22,6 +22,7 @@ from pretrain.parallel.tensor_parallel import shard_model
 from pretrain.parallel.zero import ZeroEngine
 from pretrain.status import write_status
 from pretrain.stop import Stop, StopRequest
+from pretrain.validation import ValidationLoss
 from pretrain.watchdog import Watchdog
 
 
@@ -64,7 +65,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.stopping = Stop.NONE
         self.forward_seconds: tuple[float, ...] = ()  # of each rank, in the last step
-        self.progress = self._resume(allowed, from_step) or Progress()
+        self.progress = Progress()
+        self._resume(allowed, from_step)
         rollbacks = mesh.from_first(read_rollbacks(self.run_dir) if mesh.rank == 0 else None)
         self.guard = StepGuard(config.recovery, rollbacks, self.progress.recent_losses)
 
@@ -83,6 +85,7 @@ class Trainer:
                     self._record(log, values)
                 if self.guard.must_roll_back(self.finished) and not self.stopping:
                     self._roll_back(log)
+                    continue
                 loss = self._validate_if_due(log, dog)
                 if self._save_is_due():
                     self.save(loss)
@@ -105,13 +108,14 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.config.total_steps
 
-    def _due(self, interval: int) -> bool:
-        return self.finished or self.progress.step % interval == 0
-
     def _save_is_due(self) -> bool:
-        """Not between steps that were skipped: the model may be what is wrong."""
-        due = bool(self.stopping) or self._due(self.config.checkpoint.interval)
-        return due and not self.guard.in_a_row and self.saved_step != self.progress.step
+        """At a multiple of the interval, and as soon as may be where that one was passed by.
+
+        Not between steps that were skipped: the model may be what is wrong.
+        """
+        step, interval, saved = self.progress.step, self.config.checkpoint.interval, self.saved_step or 0
+        due = bool(self.stopping) or self.finished or step % interval == 0 or step - saved >= interval
+        return due and not self.guard.in_a_row and self.saved_step != step
 
     def _agree(self, log: MetricsLog | None) -> None:
         """What ranks tell each other after each step: stops, failed saves, how long their own work took.
@@ -139,7 +143,8 @@ class Trainer:
 
     def _validate_if_due(self, log: MetricsLog | None, dog: Watchdog) -> float | None:
         """The validation loss, or None where none is due or a stop came in between."""
-        if self.validation is None or self.stopping or not self._due(self.config.eval.interval):
+        due = self.finished or self.progress.step % max(self.config.eval.interval, 1) == 0
+        if self.validation is None or self.stopping or not due:
             return None
 
         def interrupted() -> bool:
@@ -220,27 +225,26 @@ class Trainer:
         folder = checkpoint.choose(self.mesh, self.run_dir)
         if folder is None:
             raise TrainingError(f"{report}, and {self.run_dir} has no checkpoint to go back to")
-        to_step = checkpoint.read_manifest(folder).progress.step
-        self.guard.roll_back(to_step)
-        self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity)
-        self.saved_step = to_step
-        self.guard.rewind(self.progress.recent_losses)
+        self._load(folder)
+        self.guard.roll_back(self.progress)
         if log:
             write_rollbacks(self.run_dir, self.guard.rollbacks)
-            log.rewind(to_step)
+            log.rewind(self.progress.step)
             print(f"{report}: back to {folder}, passing over them from there", flush=True)
 
-    def _resume(self, allowed: Sequence[str], from_step: int | None) -> Progress | None:
+    def _resume(self, allowed: Sequence[str], from_step: int | None) -> None:
         checkpoint.check_allowed(allowed, self.identity)
         folder = checkpoint.choose(self.mesh, self.run_dir, from_step)
-        if folder is None:
-            return None
-        progress = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)
-        self.saved_step = progress.step
+        if folder is not None:
+            self._load(folder, allowed)
+            if self.mesh.rank == 0:
+                print(f"resumed from {folder} at {self.progress.consumed_tokens:,} tokens", flush=True)
+
+    def _load(self, folder: Path, allowed: Sequence[str] = ()) -> None:
+        self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)
+        self.saved_step = self.progress.step
         if self.mesh.rank == 0:
             checkpoint.set_back(folder)
-            print(f"resumed from {folder} at {progress.consumed_tokens:,} tokens", flush=True)
-        return progress
 
 
 def tokenizer_record(data: TrainingData) -> dict[str, Any]:
@@ -262,41 +266,3 @@ def run_identity(config: Config, data: TrainingData) -> dict[str, Any]:
         },
         "train": {key: values["train"][key] for key in ("total_tokens", "global_batch_size", "seed", "precision")},
     }
-
-
-class ValidationLoss:
-    """Mean loss over the first eval.tokens of the validation shard, in windows of the training context."""
-
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        read_manifest(config.data.valid, "data.valid", config.model.vocab_size)
-        self.config, self.mesh = config, mesh
-        self.stream = token_stream(config.data.valid)
-        seqlen = config.data.seqlen
-        self.count = (min(config.eval.tokens, len(self.stream) - 1)) // seqlen
-        if self.count == 0:
-            raise ConfigError(
-                f"data.valid={config.data.valid} holds {len(self.stream)} tokens and eval.tokens={config.eval.tokens}: "
-                f"no window of data.seqlen={seqlen} fits; set eval.interval=0 to train without validation"
-            )
-
-    def measure(self, engine: ZeroEngine, interrupted: Callable[[], bool] = lambda: False) -> float | None:
-        """Nats per token over the same windows whatever the number of ranks.
-
-        None where `interrupted`, asked after each batch and answered alike on all ranks, says so.
-        """
-        size, ranks = self.config.train.micro_batch_size, self.mesh.data_size
-        total, scored = 0.0, 0.0
-        with engine.evaluating() as model:
-            # Every rank runs the same number of forwards, as ZeRO-3 gathers parameters in each: past the end, a
-            # rank runs a window and scores nothing of it.
-            for start in range(self.mesh.data_rank * size, self.count + (-self.count) % (size * ranks), size * ranks):
-                rows = range(start, min(start + size, self.count))
-                ids, targets = windows(self.stream, self.config.data.seqlen, rows or range(1))
-                if not rows:
-                    targets = torch.full_like(targets, IGNORED)
-                total += float(model(ids.to(self.mesh.device), targets.to(self.mesh.device)))
-                scored += float((targets != IGNORED).sum())
-                if interrupted():
-                    return None
-        total, scored = self.mesh.all_reduce([total, scored])
-        return total / scored

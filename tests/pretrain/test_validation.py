@@ -11,7 +11,7 @@ from pretrain.config import Config, ConfigError
 from pretrain.data import token_stream, windows
 from pretrain.parallel.mesh import Mesh, init_mesh
 from pretrain.parallel.zero import ZeroEngine
-from pretrain.trainer import ValidationLoss
+from pretrain.validation import ValidationLoss
 
 
 class OneOfMany(Mesh):
