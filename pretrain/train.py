@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from data_tools.files import write_durably
 from pretrain.config import Config, ConfigError, load_config
+from pretrain.lock import RunInUse, only_job
 from pretrain.status import write_failure, write_status
 from pretrain.stop import Interrupted, StopRequest
 
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(parsed.config, parsed.overrides)
         with StopRequest(Path(config.run_dir) / "STOP", parsed.stop_file) as stop:
             return train(config, stop, parsed.allow, parsed.from_step)
+    except RunInUse as error:  # status.json is the other job's
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"error (rank {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
         return 2
@@ -67,9 +71,9 @@ def train(config: Config, stop: StopRequest, allowed: Sequence[str] = (), from_s
     # Late: these take seconds, and wrong arguments must not.
     from pretrain.parallel.mesh import init_mesh
 
-    with init_mesh(config.parallel.tensor) as mesh:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with init_mesh(config.parallel.tensor) as mesh, only_job(run_dir, mesh):
         if first:
-            run_dir.mkdir(parents=True, exist_ok=True)
             write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
             write_status(run_dir, "running")
         mesh.from_first(None)  # no rank's failure is overwritten by that

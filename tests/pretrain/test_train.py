@@ -36,6 +36,20 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
     return [values for line in lines if "loss" in (values := json.loads(line))]
 
 
+def test_a_stop_file_stops_until_it_is_removed(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, job_file = tmp_path / "run", tmp_path / "stop"
+    arguments = [*command[3:], f"run_dir={run}"]
+    job_file.touch()  # asked to before it began: nothing is trained
+    assert main([*arguments, "--stop-file", str(job_file)]) == 0
+    assert json.loads((run / "status.json").read_text())["reason"] == "signal"
+    assert not (run / "metrics.jsonl").exists()
+    (run / "STOP").touch()
+    assert main(arguments) == 0
+    assert f"{run} waits; to go on, remove {run / 'STOP'}" in capsys.readouterr().out
+
+
 def test_a_signal_saves_and_the_next_start_goes_on_as_if_nothing_happened(command: list[str], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = subprocess.run([*command, f"run_dir={whole}"], capture_output=True, text=True, check=True)
@@ -89,6 +103,30 @@ def test_what_cannot_run_is_refused(
     assert message in capsys.readouterr().err
 
 
+HOLDER = """
+import fcntl, sys
+with open(sys.argv[1], "a+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    file.write("Slurm job 77, process 5 on node1")
+    file.flush()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_jobs_do_not_train_in_one_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run / "lock")], text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main([*command[3:], f"run_dir={run}"]) == 1
+        message = f"another job trains in {run}: Slurm job 77, process 5 on node1 holds {run / 'lock'}"
+        assert message in capsys.readouterr().err
+        assert [p.name for p in run.iterdir()] == ["lock"]
+        other.stdin.close()
+
+
 def test_a_wrong_kernel_stops_the_run_before_it_starts(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -100,7 +138,7 @@ def test_a_wrong_kernel_stops_the_run_before_it_starts(
     assert main([*command[3:], f"run_dir={run}"]) == 1
     assert capsys.readouterr().err.count("error (rank 0): longhorn_scan is off by 0.1") == 1
     assert json.loads((run / "status.json").read_text())["reason"] == "error"
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "status.json"}
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "lock", "status.json"}
 
 
 # Both processes as if each had a GPU of its own to test, and the second one's broken.
