@@ -80,8 +80,7 @@ def find_compiler() -> str | None:
 
 
 def _cache_key(source: Path, compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = [*_texts(source), " ".join(FLAGS), version.stdout, _processor()]
+    parts = [*_texts(source), " ".join(FLAGS), _run([compiler, "--version"]), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -112,5 +111,19 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         command = [compiler, *FLAGS, "-o", str(built), str(source)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
+        _run(command)
         os.replace(built, library)
+
+
+def _run(command: list[str]) -> str:
+    """Its output. A signal meant for training (Ctrl-C, a time limit) must not end it: the torch path rounds otherwise.
+
+    A session of its own keeps a terminal's signals off; Slurm's reach every process, so it is tried again.
+    """
+    for last_try in (False, False, True):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout
+        except subprocess.CalledProcessError as error:
+            if error.returncode >= 0 or last_try:  # below 0: ended by a signal, which says nothing of the compiler
+                raise
+    raise AssertionError("the last try returns or raises")

@@ -267,8 +267,9 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN} NCCL_DEBUG_FILE=$PWD/$logs/nccl.%h.%p
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/flight_recorder/rank_
 
-# srun no longer inherits --cpus-per-task (Slurm 22.05).
-on_each_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
+# srun no longer inherits --cpus-per-task (Slurm 22.05). Overlap: a step may start before a node has reported the end
+# of the one before, which still holds the GPUs then.
+on_each_node=(srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label)
 # shellcheck disable=SC2016 # here and below: each node's own variables
 check_node='exec timeout --kill-after=5 120 \

@@ -63,6 +63,7 @@ class Trainer:
         self.engine = ZeroEngine(build_model(config, mesh), config, mesh)
         self.writer = CheckpointWriter(mesh, config, self.identity, tokenizer_record(self.data))
         self.saved_step: int | None = None
+        self.unvalidated = False  # resumed from a stop that left no time for it
         self.stopping = Stop.NONE
         self.forward_seconds: tuple[float, ...] = ()  # of each rank, in the last step
         self.progress = Progress()
@@ -77,6 +78,8 @@ class Trainer:
             self._agree(log)
             if self.saved_step is None and not self.stopping:
                 self.save()  # a disk that refuses it shows now, and a roll-back has where to go
+            if self.unvalidated:
+                self._validate_if_due(log, dog)
             while not (self.stopping or self.finished):
                 values = self.train_step()
                 dog.beat(self.progress.step, self.progress.consumed_tokens)
@@ -237,6 +240,7 @@ class Trainer:
         folder = checkpoint.choose(self.mesh, self.run_dir, from_step)
         if folder is not None:
             self._load(folder, allowed)
+            self.unvalidated = bool(self.saved_step) and checkpoint.read_manifest(folder).validation_loss is None
             if self.mesh.rank == 0:
                 print(f"resumed from {folder} at {self.progress.consumed_tokens:,} tokens", flush=True)
 

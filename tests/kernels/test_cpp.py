@@ -51,3 +51,29 @@ def test_a_missing_header_warns(sources: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"a/op\.cpp could not be built.*two\.h"):
         assert cpp.load_library(sources / "a" / "op.cpp") is None
     cpp.load_library.cache_clear()
+
+
+INTERRUPTED = """#!/bin/sh
+echo call >>"{calls}"
+[ "$(wc -l <"{calls}")" -le {times} ] && kill -TERM $$
+exec {compiler} "$@"
+"""
+
+
+@pytest.mark.parametrize(("times", "builds"), [(2, True), (9, False)])
+def test_a_signal_that_hits_the_compiler_too(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, times: int, builds: bool
+) -> None:
+    """A stop in the first step is sent to every process of the job."""
+    compiler = sources / "c++"
+    text = INTERRUPTED.format(calls=sources / "calls", times=times, compiler=cpp.find_compiler())
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    if builds:
+        assert answer(sources) == 3
+        return
+    cpp.load_library.cache_clear()
+    with pytest.warns(RuntimeWarning, match="died with"):
+        assert cpp.load_library(sources / "a" / "op.cpp") is None
+    cpp.load_library.cache_clear()
