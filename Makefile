@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # On a GPU machine with its own torch: `make gpu-test bench BIN=/usr/bin INSTALLED=` leaves the venv out.
 GPU := $(wildcard /dev/nvidia0)
 
-.PHONY: demo test test-slow gpu-test lint check format bench golden clean
+.PHONY: demo test test-slow fault-test slurm-test gpu-test lint check format bench golden clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo $(if $(FRESH),--fresh)
@@ -19,7 +19,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not fault and not slurm"
+
+# Kills, hangs, damaged files, full disks, NaNs, signals, and every topology resuming every other: tables at the end.
+fault-test: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults --fault-report=fault-report.md
 
 # What the interpreter stands in for elsewhere; needs no deepspeed and no megatron-core.
 gpu-test: $(INSTALLED)

@@ -120,7 +120,7 @@ def _run(command: list[str]) -> str:
 
     A session of its own keeps a terminal's signals off; Slurm's reach every process, so it is tried again.
     """
-    for last_try in (False, False, True):
+    for last_try in (False, False, False, False, True):
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout
         except subprocess.CalledProcessError as error:

@@ -7,7 +7,10 @@ import torch
 
 
 class DeviceClock:
-    """Adds up the time between entering and leaving: by events on a GPU, which nothing waits for, else by the host."""
+    """Adds up the time between entering and leaving: by events on a GPU, which nothing waits for, else by the host.
+
+    A collective inside counts too, so that ranks which wait for each other there look equally slow.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

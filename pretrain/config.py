@@ -16,6 +16,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.registry import MIXERS
 
+COLLECTIVE_TIMEOUT = 1800  # seconds: a rank that waits longer for the others has lost one
+LONGEST_STEP_TIMEOUT = 1500  # the watchdog, which says where every rank was, must be the first to end a hang
 PRECISIONS = ("autocast", "bf16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
 MINIMA = {
@@ -244,6 +246,16 @@ def validate(config: Config) -> None:
         section, name = key.split(".")
         if (value := getattr(getattr(config, section), name)) < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
+    if config.recovery.step_timeout > LONGEST_STEP_TIMEOUT:
+        raise ConfigError(
+            f"recovery.step_timeout must be at most {LONGEST_STEP_TIMEOUT} (collectives end after "
+            f"{COLLECTIVE_TIMEOUT} s), got {config.recovery.step_timeout:g}"
+        )
+    if config.checkpoint.keep_best and not _validates_when_saving(config):
+        raise ConfigError(
+            "checkpoint.keep_best=true finds no losses: it needs data.valid, eval.interval above 0, and a "
+            f"checkpoint.interval ({config.checkpoint.interval}) that is a multiple of it ({config.eval.interval})"
+        )
     sigmas = config.recovery.spike_sigmas
     if sigmas is not None and sigmas <= 0:
         raise ConfigError(f"recovery.spike_sigmas must be above 0, got {sigmas}; null finds no spikes")
@@ -254,6 +266,11 @@ def validate(config: Config) -> None:
         raise ConfigError(f"optim.warmup_fraction must be in [0, 1), got {config.optim.warmup_fraction}")
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+
+
+def _validates_when_saving(config: Config) -> bool:
+    interval = config.eval.interval
+    return bool(config.data.valid) and interval > 0 and config.checkpoint.interval % interval == 0
 
 
 def _one_of(key: str, value: object, choices: tuple[object, ...]) -> None:

@@ -17,10 +17,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
+from data_tools.files import sync
 from data_tools.shards import Manifest, ShardPaths, open_shard
 from pretrain.config import Config, ConfigError
 from pretrain.parallel.mesh import Mesh
-from pretrain.stop import Interrupted, StopRequest
+from pretrain.stop import StopRequest
 
 IGNORED = -100  # a target that no loss counts
 
@@ -62,8 +63,8 @@ class TrainingData:
         self.manifest = read_manifest(config.data.train, "data.train", config.model.vocab_size)
         self.num_samples = config.total_steps * config.train.global_batch_size
         self.dataset = self._build(stop)
-        self._bin = ShardPaths.of(config.data.train).bin
-        self._opened = _size_and_time(self._bin)
+        paths = ShardPaths.of(config.data.train)
+        self._opened = {path: _size_and_time(path) for path in (paths.bin, paths.idx)}
 
     def _build(self, stop: StopRequest | None) -> GPTDataset:
         """Rank 0 computes the order into a temporary folder and renames it; then every rank maps it.
@@ -80,14 +81,18 @@ class TrainingData:
 
     def _compute_order(self, root: Path, final: Path, stop: StopRequest | None) -> Exception | None:
         partial = root / f"{final.name}.tmp{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
         try:
             if not final.exists():
                 with stop.interruptible() if stop else nullcontext():
                     self._dataset(partial)
+                for path in [*partial.rglob("*"), partial]:
+                    sync(path)  # nothing checks it later, and a resumed run relies on it
                 os.replace(partial, final)
-        except (Interrupted, OSError) as error:  # the others wait to hear
+                sync(root)
+        except Exception as error:  # the others wait to hear
             shutil.rmtree(partial, ignore_errors=True)
-            return error
+            return None if final.exists() else error  # another job on the same cache was first
         return None
 
     def _dataset(self, cache: Path) -> GPTDataset:
@@ -110,13 +115,14 @@ class TrainingData:
         return GPTDataset(shard, self.manifest.idx_sha256, documents, self.num_samples, Split.train, dataset_config)
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
-        """This data-parallel rank's micro-batches of step `step` (from 0): what the model's forward takes.
+        """This data-parallel rank's micro-batches of step `step` (from 0), in host memory: what the forward takes.
 
         Micro-batch i of rank r holds samples (i·ranks + r)·micro_batch_size … of the step's global batch.
         """
-        if (now := _size_and_time(self._bin)) != self._opened:
-            # Reading past the end of a mapped file would end the process with nothing but a bus error.
-            raise ShardChanged(f"{self._bin} changed while it was read: (size, mtime) was {self._opened}, is {now}")
+        for path, opened in self._opened.items():
+            if (now := _size_and_time(path)) != opened:
+                # Reading past the end of a mapped file would end the process with nothing but a bus error.
+                raise ShardChanged(f"{path} changed while it was read: (size, mtime) was {opened}, is {now}")
         train, ranks = self.config.train, self.mesh.data_size
         first = step * train.global_batch_size
         batches = []
@@ -140,8 +146,7 @@ class TrainingData:
         if self.config.data.reset_at_eos:
             cu_seqlens = document_bounds(input_ids, self.manifest.tokenizer.eos_id)
             input_ids, targets = input_ids.reshape(1, -1), targets.reshape(1, -1)
-        batch = {"input_ids": input_ids, "targets": targets, "cu_seqlens": cu_seqlens}
-        return {name: None if t is None else t.to(self.mesh.device) for name, t in batch.items()}
+        return {"input_ids": input_ids, "targets": targets, "cu_seqlens": cu_seqlens}
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

@@ -4,15 +4,18 @@ import errno
 import fcntl
 import os
 import socket
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.say import say
+
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
 
+PATIENCE = 150.0  # seconds: a file server frees what a dead node held after its lease, 90 s or so
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -34,14 +37,23 @@ def only_job(run_dir: Path, mesh: "Mesh") -> Iterator[None]:
 
 
 def _take(descriptor: int, path: Path) -> str | None:
-    """What stands against it, or None."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in UNSUPPORTED:
-            print(f"{path}: no locks on this file system; two jobs would not notice each other", file=sys.stderr)
-            return None
-        return f"another job trains in {path.parent}: {path.read_text().strip() or 'unknown'} holds {path}"
+    """What stands against it, or None. Raises OSError where the disk fails."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                say(f"{path}: no locks on this file system; two jobs would not notice each other", problem=True)
+                return None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = f"{path.read_text().strip() or 'unknown'} holds {path}"
+        if time.monotonic() >= deadline:
+            return f"another job trains in {path.parent}: {holder}"
+        say(f"waiting for {path.parent}: {holder}", problem=True)
+        time.sleep(min(PATIENCE, 30))
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     if job := os.environ.get("SLURM_JOB_ID"):
         owner = f"Slurm job {job}, {owner}"

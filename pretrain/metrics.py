@@ -16,6 +16,7 @@ from data_tools.files import write_durably
 from pretrain.checkpoint import SaveReport
 from pretrain.config import Config, config_to_dict
 from pretrain.flops import flops_per_token
+from pretrain.say import say
 
 # Dense bf16 peaks, TFLOP/s per device, by the vendor's data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
@@ -43,7 +44,7 @@ class MetricsLog:
         self.peak = peak_tflops(config.log.peak_tflops)
         self.run_dir = Path(config.run_dir)
         self.file = _Lines(self.run_dir / "metrics.jsonl", resumed_step)
-        self.skips = _Lines(self.run_dir / "skipped.jsonl")
+        self.skips = _Lines(self.run_dir / "skipped.jsonl", sys.maxsize)
         self.wandb = self._start_wandb()
         self._since, self._tokens = time.perf_counter(), 0
 
@@ -64,7 +65,7 @@ class MetricsLog:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except Exception as error:  # no network, no key, no room: its errors share no base class with OSError
-            print(f"wandb did not start, training goes on without it: {error}", file=sys.stderr, flush=True)
+            say(f"wandb did not start, training goes on without it: {error}", problem=True)
             return None
 
     def _wandb_id(self) -> str:
@@ -85,7 +86,7 @@ class MetricsLog:
         mfu = None
         if self.peak is not None:
             mfu = speed * self.flops_per_token / (self.peak * 1e12 * self.world_size)
-        print(self._progress_line(step, consumed_tokens, values, speed, mfu), flush=True)
+        say(self._progress_line(step, consumed_tokens, values, speed, mfu))
         self._record({"step": step, "tokens_per_second": speed, "mfu": mfu})
         self._since, self._tokens = now, 0
 
@@ -104,16 +105,15 @@ class MetricsLog:
 
     def skipped(self, step: int, reason: str, documents: list[int]) -> None:
         """A step that updated nothing, and the documents of its batch; RUN/skipped.jsonl outlives roll-backs."""
-        print(f"step {step}  skipped: {reason}; documents {_shortened(documents)}", file=sys.stderr, flush=True)
+        say(f"step {step}  skipped: {reason}; documents {_shortened(documents)}", problem=True)
         line = {"step": step, "reason": reason, "documents": documents, "time": time.time()}
         self.skips.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def checkpoint(self, step: int, report: SaveReport) -> None:
         """A save that was found complete at `step`, and what it cost."""
-        print(
+        say(
             f"step {step}  checkpoint {report.path}  {report.size / 1e6:,.1f} MB, training held "
             f"{report.held_seconds:.3f} s, written in {report.write_seconds:.2f} s",
-            flush=True,
         )
         costs = {"held_seconds": report.held_seconds, "write_seconds": report.write_seconds, "bytes": report.size}
         named = {f"checkpoint_{name}": value for name, value in costs.items()}
@@ -127,7 +127,7 @@ class MetricsLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss in nats per token; the time it took is not counted as training."""
-        print(f"step {step}  validation loss {loss:.4f}", flush=True)
+        say(f"step {step}  validation loss {loss:.4f}")
         self._record({"step": step, "validation_loss": loss})
 
     def resume_clock(self) -> None:
@@ -141,21 +141,24 @@ class MetricsLog:
         try:
             self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
         except Exception as error:
-            print(f"wandb failed, training goes on without it: {error}", file=sys.stderr, flush=True)
+            say(f"wandb failed, training goes on without it: {error}", problem=True)
             self.wandb = None
 
     def close(self) -> None:
         self.file.close()
         self.skips.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                say(f"wandb did not finish: {error}", problem=True)
 
 
 class _Lines:
     """A file of whole lines, written at once; what a full disk refuses waits for the next line."""
 
-    def __init__(self, path: Path, last_step: int | None = None) -> None:
-        if last_step is not None and path.exists():
+    def __init__(self, path: Path, last_step: int) -> None:
+        if path.exists():
             _drop_lines_after(path, last_step)
         self.path, self.file = path, path.open("ab", buffering=0)
         self.waiting: list[bytes] = []
@@ -163,16 +166,20 @@ class _Lines:
     def append(self, line: bytes) -> None:
         refused_before = bool(self.waiting)
         self.waiting.append(line)
-        end = self.file.seek(0, os.SEEK_END)
         try:
             while self.waiting:
-                if self.file.write(self.waiting[0]) != len(self.waiting[0]):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                end += len(self.waiting.pop(0))
+                self._write(self.waiting[0])
+                self.waiting.pop(0)
         except OSError as error:
-            self.file.truncate(end)  # no half line
             if not refused_before:
-                print(f"{self.path}: {error.strerror}; lines are kept in memory", file=sys.stderr, flush=True)
+                say(f"{self.path}: {error.strerror}; lines are kept in memory", problem=True)
+
+    def _write(self, line: bytes) -> None:
+        """All of it, or nothing: half a line would break the next."""
+        end = self.file.seek(0, os.SEEK_END)
+        if self.file.write(line) != len(line):
+            self.file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self.file.close()

@@ -1,6 +1,5 @@
 """RUN/status.json: how the run last stopped, for people and for the launch scripts."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import orjson
 
 from data_tools.files import write_durably
+from pretrain.say import say
 
 REASONS = {
     "running": "at work, or killed at it",
@@ -31,8 +31,8 @@ def write_status(run_dir: Path, reason: str, step: int = 0, consumed_tokens: int
         run_dir.mkdir(parents=True, exist_ok=True)
         write_durably(path, line)
     except OSError as error:
-        print(f"{path} was not written ({error.strerror}): {line.decode()}", end="", file=sys.stderr, flush=True)
         _overwrite(path, line)
+        say(f"{path} could not be replaced ({error.strerror}): {line.decode().rstrip()}", problem=True)
 
 
 def _overwrite(path: Path, line: bytes) -> None:

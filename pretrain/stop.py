@@ -65,9 +65,10 @@ class StopRequest:
 
     def wanted(self) -> Stop:
         """What this process has been asked, looking for the files too."""
-        if self.stop_file.exists():
+        # os.path: an error of the disk, like a stale handle, is not a wish to stop, nor to fail.
+        if os.path.exists(self.stop_file):
             return Stop.STOP_FILE
-        if self._signalled or (self.job_file is not None and self.job_file.exists()):
+        if self._signalled or (self.job_file is not None and os.path.exists(self.job_file)):
             return Stop.SIGNAL
         return Stop.NONE
 

@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,8 +18,10 @@ import torch
 from omegaconf import OmegaConf
 
 from data_tools.files import write_durably
+from data_tools.shards import ShardError
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.lock import RunInUse, only_job
+from pretrain.say import say
 from pretrain.status import write_failure, write_status
 from pretrain.stop import Interrupted, StopRequest
 
@@ -59,12 +60,7 @@ def train(config: Config, stop: StopRequest, allowed: Sequence[str] = (), from_s
 
     Raises ValueError for what can't run; status.json has it too.
     """
-    run_dir, first = Path(config.run_dir), os.environ.get("RANK", "0") == "0"
-    for name, advice in {"DONE": "is done; set another run_dir, or remove", "STOP": "waits; to go on, remove"}.items():
-        if (run_dir / name).exists():
-            if first:
-                print(f"{run_dir} {advice} {run_dir / name}")
-            return 0
+    run_dir = Path(config.run_dir)
     _quiet_libraries()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -72,12 +68,30 @@ def train(config: Config, stop: StopRequest, allowed: Sequence[str] = (), from_s
     from pretrain.parallel.mesh import init_mesh
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    with init_mesh(config.parallel.tensor) as mesh, only_job(run_dir, mesh):
-        if first:
-            write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-            write_status(run_dir, "running")
-        mesh.from_first(None)  # no rank's failure is overwritten by that
-        return _train(config, mesh, stop, allowed, from_step)
+    try:
+        with init_mesh(config.parallel.tensor) as mesh:
+            # Rank 0 looks for all: a disk shared by nodes may show them different things for a while.
+            if answer := mesh.from_first(_reason_not_to(run_dir) if mesh.rank == 0 else None):
+                if mesh.rank == 0:
+                    print(answer)
+                return 0
+            with only_job(run_dir, mesh):
+                if mesh.rank == 0:
+                    write_durably(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+                    write_status(run_dir, "running")
+                mesh.from_first(None)  # no rank's failure is overwritten by that
+                return _train(config, mesh, stop, allowed, from_step)
+    except ConfigError as error:  # every rank finds that out
+        if os.environ["RANK"] == "0":
+            write_status(run_dir, "bad_input", detail=str(error))
+        raise
+
+
+def _reason_not_to(run_dir: Path) -> str | None:
+    advice = {"DONE": "is done; set another run_dir, or remove", "STOP": "waits; to go on, remove"}
+    return next(
+        (f"{run_dir} {text} {run_dir / name}" for name, text in advice.items() if (run_dir / name).exists()), None
+    )
 
 
 def _train(config: Config, mesh: "Mesh", stop: StopRequest, allowed: Sequence[str], from_step: int | None) -> int:
@@ -93,13 +107,12 @@ def _train(config: Config, mesh: "Mesh", stop: StopRequest, allowed: Sequence[st
         if mesh.rank == 0:
             write_status(run_dir, stop.wanted().name.lower(), detail="asked to stop before training began")
         return 0
-    except (ValueError, FileNotFoundError, CheckpointError) as error:  # every rank finds that out
-        write_failure(run_dir, "bad_input", 0, 0, str(error))
-        raise ValueError(error) from error
+    except (ConfigError, ShardError, CheckpointError) as error:
+        raise ConfigError(error) from error
     except Exception as error:
         _end_at_once(run_dir, mesh, None, "error", error)
     if mesh.rank == 0:
-        print(_summary(config, mesh.data_size), flush=True)
+        say(_summary(config, mesh.data_size))
     try:
         reason = trainer.run()
     except CheckpointError as error:
@@ -109,17 +122,18 @@ def _train(config: Config, mesh: "Mesh", stop: StopRequest, allowed: Sequence[st
     except Exception as error:
         _end_at_once(run_dir, mesh, trainer, "error", error)
     if mesh.rank == 0:
-        print(f"{reason}: {trainer.progress.consumed_tokens:,} tokens; everything is in {run_dir}")
+        say(f"{reason}: {trainer.progress.consumed_tokens:,} tokens; everything is in {run_dir}")
     return 0
 
 
 def _end_at_once(run_dir: Path, mesh: "Mesh", trainer: "Trainer | None", reason: str, error: Exception) -> NoReturn:
     """Say why, and leave without a word to the other ranks, which may wait in a collective: the launcher ends them."""
-    traceback.print_exception(error)
     step, tokens = (trainer.progress.step, trainer.progress.consumed_tokens) if trainer else (0, 0)
-    write_failure(run_dir, reason, step, tokens, f"rank {mesh.rank}: {type(error).__name__}: {error}")
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        write_failure(run_dir, reason, step, tokens, f"rank {mesh.rank}: {type(error).__name__}: {error}")
+        say("".join(traceback.format_exception(error)), problem=True)
+    finally:
+        os._exit(1)
 
 
 def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
@@ -133,17 +147,17 @@ def _kernels_work(mesh: "Mesh", run_dir: Path) -> bool:
     problem = None
     if mesh.device.type == "cuda" or os.environ["LOCAL_RANK"] == "0":
         try:
-            selftest.require(mesh.device, say=partial(print, flush=True) if mesh.rank == 0 else lambda line: None)
-        except selftest.SelfTestError as error:
+            selftest.require(mesh.device, say=say if mesh.rank == 0 else lambda line: None)
+        except Exception as error:  # a broken GPU may fail in any way
             problem = str(error)
             # Now: a GPU that has failed may not let this rank meet the others.
-            print(f"error (rank {mesh.rank}): {problem}", file=sys.stderr, flush=True)
             write_failure(run_dir, "error", 0, 0, f"rank {mesh.rank}: {problem}")
+            say(f"error (rank {mesh.rank}): {problem}", problem=True)
     problems = mesh.gather_objects(problem)
     if mesh.rank == 0:
         for rank, other in enumerate(problems[1:], 1):
             if other:
-                print(f"error (rank {rank}): {other}", file=sys.stderr, flush=True)
+                say(f"error (rank {rank}): {other}", problem=True)
     return not any(problems)
 
 

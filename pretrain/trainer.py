@@ -11,7 +11,7 @@ import torch
 from data_tools.files import write_durably
 from longhorn_layers.model import LanguageModel
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointWriter, Progress
+from pretrain.checkpoint import CheckpointWriter, Progress, SaveReport
 from pretrain.config import Config, config_to_dict
 from pretrain.data import IGNORED, TrainingData
 from pretrain.guard import StepGuard, read_rollbacks, write_rollbacks
@@ -20,6 +20,7 @@ from pretrain.optim import learning_rate
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import shard_model
 from pretrain.parallel.zero import ZeroEngine
+from pretrain.say import say
 from pretrain.status import write_status
 from pretrain.stop import Stop, StopRequest
 from pretrain.validation import ValidationLoss
@@ -77,7 +78,7 @@ class Trainer:
         with Watchdog(self.run_dir, self.mesh.rank, self.mesh.world_size, self.config.recovery.step_timeout) as dog:
             self._agree(log)
             if self.saved_step is None and not self.stopping:
-                self.save()  # a disk that refuses it shows now, and a roll-back has where to go
+                self.save(log=log)  # a disk that refuses it shows now, and a roll-back has where to go
             if self.unvalidated:
                 self._validate_if_due(log, dog)
             while not (self.stopping or self.finished):
@@ -91,19 +92,19 @@ class Trainer:
                     continue
                 loss = self._validate_if_due(log, dog)
                 if self._save_is_due():
-                    self.save(loss)
-            report = self.writer.wait()
+                    self.save(loss, log)
+            self._log_save(log, self.writer.wait())
+        reason = self._leave()
         if log:
-            if report:
-                log.checkpoint(self.progress.step, report)
             log.close()
-        return self._leave()
+        return reason
 
     def _leave(self) -> str:
-        reason = "done" if self.finished else self.stopping.name.lower()
+        complete = self.finished and self.saved_step == self.progress.step and not self.unvalidated
+        reason = "done" if complete else self.stopping.name.lower()
         if self.mesh.rank == 0:
             write_status(self.run_dir, reason, self.progress.step, self.progress.consumed_tokens)
-            if reason == "done":
+            if complete:
                 write_durably(self.run_dir / "DONE", b"")
         return reason
 
@@ -114,11 +115,11 @@ class Trainer:
     def _save_is_due(self) -> bool:
         """At a multiple of the interval, and as soon as may be where that one was passed by.
 
-        Not between steps that were skipped: the model may be what is wrong.
+        Not between steps that were skipped, as the model may be what is wrong, unless there is no later.
         """
         step, interval, saved = self.progress.step, self.config.checkpoint.interval, self.saved_step or 0
         due = bool(self.stopping) or self.finished or step % interval == 0 or step - saved >= interval
-        return due and not self.guard.in_a_row and self.saved_step != step
+        return due and (bool(self.stopping) or not self.guard.in_a_row) and self.saved_step != step
 
     def _agree(self, log: MetricsLog | None) -> None:
         """What ranks tell each other after each step: stops, failed saves, how long their own work took.
@@ -130,7 +131,10 @@ class Trainer:
         self.stopping = Stop(int(max(stops)))
         if any(failures):
             self.writer.wait()
-        if log and (report := self.writer.finished()):
+        self._log_save(log, self.writer.finished())
+
+    def _log_save(self, log: MetricsLog | None, report: SaveReport | None) -> None:
+        if log and report:
             log.checkpoint(self.progress.step, report)
 
     def _record(self, log: MetricsLog, values: dict[str, Any]) -> None:
@@ -141,12 +145,13 @@ class Trainer:
             "slowest_rank": seconds.index(max(seconds)),
         }
         log.train_step(step, self.progress.consumed_tokens, values)
-        if self.guard.in_a_row:
+        if step in self.guard.in_a_row:
             log.skipped(step, self.guard.reason, self.data.documents(step - 1))
 
     def _validate_if_due(self, log: MetricsLog | None, dog: Watchdog) -> float | None:
-        """The validation loss, or None where none is due or a stop came in between."""
+        """The validation loss, or None where none is due or a stop came in between: it is then made up for."""
         due = self.finished or self.progress.step % max(self.config.eval.interval, 1) == 0
+        self.unvalidated = due and self.validation is not None
         if self.validation is None or self.stopping or not due:
             return None
 
@@ -156,6 +161,7 @@ class Trainer:
             return bool(self.stopping)
 
         loss = self.validation.measure(self.engine, interrupted)
+        self.unvalidated = loss is None
         if log and loss is not None:
             log.validation(self.progress.step, loss)
         if log:
@@ -207,17 +213,17 @@ class Trainer:
             self.guard.recent_losses,
         )
 
-    def save(self, validation_loss: float | None = None) -> None:
+    def save(self, validation_loss: float | None = None, log: MetricsLog | None = None) -> None:
         """Begin to write a checkpoint of where the run stands; `writer.wait` sees it complete."""
-        self.writer.start(self.engine, self.progress, validation_loss)
+        self._log_save(log, self.writer.start(self.engine, self.progress, validation_loss))
         self.saved_step = self.progress.step
 
     def _roll_back(self, log: MetricsLog | None) -> None:
-        """To the last checkpoint, to pass over the steps that were skipped in a row.
+        """To the last checkpoint that was not tried yet, to pass over the steps that were skipped in a row.
 
         Raises TrainingError, with a report, where that was done often enough.
         """
-        self.writer.wait()
+        self._log_save(log, self.writer.wait())
         bad = self.guard.in_a_row
         report = f"steps {bad[0]} to {bad[-1]} updated nothing ({self.guard.reason})"
         if not self.guard.may_roll_back:
@@ -225,7 +231,8 @@ class Trainer:
                 f"{report}, after {len(self.guard.rollbacks)} roll-backs (rollbacks.json); skipped.jsonl in "
                 f"{self.run_dir} has their documents. To go on all the same, raise recovery.max_rollbacks"
             )
-        folder = checkpoint.choose(self.mesh, self.run_dir)
+        tried = {rollback.to_step for rollback in self.guard.rollbacks}
+        folder = checkpoint.choose(self.mesh, self.run_dir, avoid=tried)
         if folder is None:
             raise TrainingError(f"{report}, and {self.run_dir} has no checkpoint to go back to")
         self._load(folder)
@@ -233,7 +240,7 @@ class Trainer:
         if log:
             write_rollbacks(self.run_dir, self.guard.rollbacks)
             log.rewind(self.progress.step)
-            print(f"{report}: back to {folder}, passing over them from there", flush=True)
+            say(f"{report}: back to {folder}, passing over them from there")
 
     def _resume(self, allowed: Sequence[str], from_step: int | None) -> None:
         checkpoint.check_allowed(allowed, self.identity)
@@ -242,7 +249,7 @@ class Trainer:
             self._load(folder, allowed)
             self.unvalidated = bool(self.saved_step) and checkpoint.read_manifest(folder).validation_loss is None
             if self.mesh.rank == 0:
-                print(f"resumed from {folder} at {self.progress.consumed_tokens:,} tokens", flush=True)
+                say(f"resumed from {folder} at {self.progress.consumed_tokens:,} tokens")
 
     def _load(self, folder: Path, allowed: Sequence[str] = ()) -> None:
         self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)

@@ -1,5 +1,6 @@
 """A thread on every rank that ends a job which has stopped making progress, and says where each rank was."""
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -10,9 +11,11 @@ from types import FrameType, TracebackType
 
 import torch
 
-from pretrain.status import read_status, write_status
+from pretrain.say import say
+from pretrain.status import write_failure
 
 OTHERS = 3.0  # seconds for the other ranks' watchdogs, whose clocks started when they last waited for each other
+LAST_RESORT = 30.0  # seconds after which the process is ended even if the watchdog itself is stuck
 LIBRARIES = ("/torch/", "/deepspeed/", "/megatron/", "/threading.py", "/concurrent/")
 
 
@@ -36,12 +39,15 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        faulthandler.cancel_dump_traceback_later()
         self._stop.set()
         self._thread.join()
 
     def beat(self, step: int, consumed_tokens: int) -> None:
         """Progress was made."""
         self._beat = (time.monotonic(), step, consumed_tokens)
+        # Needs neither the interpreter's lock nor the run's disk, should this thread hang in one of those.
+        faulthandler.dump_traceback_later(self.timeout + LAST_RESORT, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._left()):
@@ -54,14 +60,15 @@ class Watchdog:
     def _end_job(self) -> None:
         _, step, consumed_tokens = self._beat
         folder = self.run_dir / "logs" / f"hang-{step}"
-        self._write_stacks(folder)
-        # Rank 0 speaks for all, and for itself another does where it can't.
-        time.sleep(OTHERS * (1 + min(self.rank, 1)))
-        if read_status(self.run_dir).get("reason") != "hang":
+        try:
+            self._write_stacks(folder)
+            # Rank 0 speaks for all, and for itself another does where it can't.
+            time.sleep(OTHERS * (1 + min(self.rank, 1)))
             detail = f"no progress for {self.timeout:g} s after step {step}: {self._account(folder)}"
-            write_status(self.run_dir, "hang", step, consumed_tokens, detail)
-        print(f"rank {self.rank}: no progress for {self.timeout:g} s; stacks in {folder}", file=sys.stderr, flush=True)
-        os._exit(1)
+            write_failure(self.run_dir, "hang", step, consumed_tokens, detail)
+            say(f"rank {self.rank}: no progress for {self.timeout:g} s; stacks in {folder}", problem=True)
+        finally:
+            os._exit(1)
 
     def _write_stacks(self, folder: Path) -> None:
         """The first line says what the rank waits in; also NCCL's record of its last collectives."""
@@ -78,8 +85,9 @@ class Watchdog:
                 trace = _distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
                 self._file(folder, self.rank).with_suffix(".nccl").write_bytes(trace)
         except Exception as error:  # a full disk must not keep the job from ending
-            print(f"rank {self.rank}: stacks not written: {error}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback()
+            say(f"rank {self.rank}: stacks not written: {error}", problem=True)
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
 
     @staticmethod
     def _file(folder: Path, rank: int) -> Path:

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from data_tools.files import sha256_file, write_durably
@@ -16,6 +16,7 @@ from pretrain.checkpoint.format import (
     step_name,
 )
 from pretrain.parallel.mesh import Mesh
+from pretrain.say import say
 
 ASIDE = "set_aside_"
 
@@ -65,16 +66,23 @@ def resolve(path: Path) -> Path:
     raise CheckpointError(f"{path}: neither a run with checkpoints nor a checkpoint (checkpoints/step_…)")
 
 
-def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
+def choose(mesh: Mesh, run_dir: Path, step: int | None = None, avoid: Collection[int] = ()) -> Path | None:
     """What `newest` finds, or the checkpoint of `step`, on every rank; ranks share the hashing.
 
-    Raises CheckpointError on every rank: where none is sound, and where the named one is missing or damaged.
+    `avoid`: steps to pass over as long as there are others. Raises CheckpointError on every rank: where none is sound,
+    where the named one is missing or damaged, and where all are gone that `latest` says there were.
     """
-    names = mesh.from_first([folder.name for folder in checkpoints_in(run_dir)] if mesh.rank == 0 else None)
+    names, latest = mesh.from_first(_names_and_latest(run_dir) if mesh.rank == 0 else None)
+    if latest and not names:
+        raise CheckpointError(f"{run_dir}/latest names {latest}, but no checkpoint is there; remove it to start anew")
     if step is not None and step_name(step) not in names:
         has = ", ".join(str(int(name.removeprefix("step_"))) for name in names) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; it has {has}")
-    for name in reversed(names) if step is None else [step_name(step)]:
+    if mesh.rank == 0 and names and latest > names[-1]:
+        _pass_over(f"{run_dir}/latest names {latest}, which is gone")
+    avoided = {step_name(number) for number in avoid}
+    order = sorted(names, key=lambda name: (name not in avoided, name), reverse=True)
+    for name in order if step is None else [step_name(step)]:
         folder = run_dir / "checkpoints" / name
         problems = sorted({p for p in mesh.gather_objects(_problem(mesh, folder)) if p})
         if not problems:
@@ -87,6 +95,11 @@ def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
     if names:
         raise _none_sound(run_dir, len(names))
     return None
+
+
+def _names_and_latest(run_dir: Path) -> tuple[list[str], str]:
+    path = run_dir / "latest"
+    return [folder.name for folder in checkpoints_in(run_dir)], path.read_text() if path.exists() else ""
 
 
 def _problem(mesh: Mesh, folder: Path) -> str | None:
@@ -114,11 +127,11 @@ def set_aside(folder: Path) -> None:
     names = (folder.with_name(f"{ASIDE}{folder.name}{f'.{n}' if n else ''}") for n in itertools.count())
     free = next(name for name in names if not name.exists())
     os.rename(folder, free)
-    print(f"checkpoint set aside: {folder} is now {free}", file=sys.stderr, flush=True)
+    say(f"checkpoint set aside: {folder} is now {free}", problem=True)
 
 
 def _pass_over(problem: str) -> None:
-    print(f"checkpoint passed over: {problem}", file=sys.stderr, flush=True)
+    say(f"checkpoint passed over: {problem}", problem=True)
 
 
 def _none_sound(run_dir: Path, count: int) -> CheckpointError:

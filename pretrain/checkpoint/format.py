@@ -77,8 +77,8 @@ def rank_file_name(rank: int) -> str:
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
-    """Folders of a run's checkpoints, oldest first, sound or not."""
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    """Folders of a run's checkpoints, oldest first, sound or not; a copy that somebody made beside them is none."""
+    return sorted((run_dir / "checkpoints").glob("step_" + "[0-9]" * 8))
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:

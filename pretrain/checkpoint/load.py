@@ -14,10 +14,13 @@ from longhorn_layers.model import LanguageModel
 from pretrain.checkpoint import rng
 from pretrain.checkpoint.find import resolve
 from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, Progress, rank_file_name, read_manifest
-from pretrain.config import Config, config_from_dict
+from pretrain.config import Config, ConfigError, config_from_dict
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
 from pretrain.parallel.zero import MASTER, Fragment, ZeroEngine
+
+# Which samples a step reads follows from these: with others, the rest of the run would repeat and miss some.
+FIXED = ("data.seqlen", "train.global_batch_size", "train.total_tokens")
 
 
 class _Reader:
@@ -68,27 +71,32 @@ def load(
         )
     reader, shardings = _Reader(folder, manifest), engine.shardings()
     _check_parameters(folder, reader, shardings, mesh.tensor_size)
+    problem = None
     for fragment in engine.fragments():
         for kind, target in fragment.tensors.items():
             source = _read_fragment(reader, mesh, shardings[fragment.name], fragment, kind)
             if source.isnan().any():
-                raise CheckpointError(f"{folder}: {fragment.name}|{kind} is not whole, or holds NaN")
+                problem = f"{folder}: {fragment.name}|{kind} is not whole, or holds NaN"
             target.copy_(source)
+    if problems := [p for p in mesh.gather_objects(problem) if p]:  # all ranks stop: the next lines need all of them
+        raise CheckpointError(problems[0])
     engine.masters_changed(manifest.progress.optimizer_steps)
-    _restore_rng(folder, mesh)
+    _restore_rng(folder, manifest, mesh)
     return manifest.progress
 
 
 def check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:
-    """Raise ValueError for a key that no identity has: a misspelt one would allow nothing."""
-    known = set(_leaves(identity))
+    """Raise ConfigError for a key that no identity has: a misspelt one would allow nothing."""
+    known = sorted(set(_leaves(identity)) - set(FIXED))
     for key in allowed:
+        if key in FIXED:
+            raise ConfigError(f"--allow {key}: can't change within a run, whose order of samples depends on it")
         if not any(_is_allowed(name, [key]) for name in known):
-            raise ValueError(f"--allow {key}: not one of {', '.join(sorted(known))}, nor a section of them")
+            raise ConfigError(f"--allow {key}: not one of {', '.join(known)}, nor a section of them")
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+    return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def _check_parameters(folder: Path, reader: "_Reader", now: dict[str, Sharding], tensor_size: int) -> None:
@@ -108,11 +116,11 @@ def _whole_shape(sharding: Sharding, tensor_size: int) -> list[int]:
     return [n * tensor_size if i == sharding.dim else n for i, n in enumerate(sharding.shape)]
 
 
-def _restore_rng(folder: Path, mesh: Mesh) -> None:
+def _restore_rng(folder: Path, manifest: CheckpointManifest, mesh: Mesh) -> None:
     """This rank's generators as it left them; a rank that the checkpoint did not have keeps its own."""
-    path = folder / rank_file_name(mesh.rank)
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
+    name = rank_file_name(mesh.rank)
+    if any(file.name == name for file in manifest.files):
+        with safe_open(folder / name, framework="pt") as file:
             keys = [key for key in list(file.keys()) if key.startswith("rng|")]
             rng.restore({key.removeprefix("rng|"): file.get_tensor(key) for key in keys}, mesh.device)
 

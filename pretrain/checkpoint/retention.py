@@ -5,8 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from pretrain.checkpoint.format import CheckpointError, read_manifest
+from pretrain.checkpoint.format import CheckpointError, checkpoints_in, read_manifest
 from pretrain.config import CheckpointConfig
+from pretrain.say import say
 
 REMOVED = ".removed_"  # a folder being removed: a kill in between leaves no half checkpoint under its name
 
@@ -32,9 +33,12 @@ def _validation_loss(folder: Path) -> float:
 
 
 def forget_old(newest: Path, config: CheckpointConfig) -> None:
-    """Remove what no rule keeps of `newest` and the ones before it."""
-    folders = [f for f in sorted(newest.parent.glob("step_*")) if f <= newest]
+    """Remove what no rule keeps of `newest` and the ones before it; what can't be removed now is left for later."""
+    folders = [f for f in checkpoints_in(newest.parent.parent) if f <= newest]
     for folder in sorted(set(folders) - kept(folders, config)):
         doomed = folder.with_name(REMOVED + folder.name)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        try:
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:  # NFS keeps a file that somebody still reads
+            say(f"old checkpoint not removed: {error}", problem=True)

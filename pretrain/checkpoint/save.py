@@ -39,7 +39,9 @@ Places = dict[str, tuple[int, int]]  # a parameter's name → (start, numel) of 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """A finished save: seconds that training was held (on this rank) and that the write took, bytes of all ranks."""
+    """A finished save: seconds that training was held (on this rank, also by a save before it) and that the write took,
+    bytes of all ranks.
+    """
 
     path: Path
     step: int
@@ -59,7 +61,7 @@ class CheckpointWriter:
             "identity": identity,
             "config": config_to_dict(config),
             "tokenizer": tokenizer,
-            "commit": code_commit(),
+            "commit": mesh.from_first(code_commit() if mesh.rank == 0 else None),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core", "safetensors")},
         }
         self._buffers: dict[str, Tensor] = {}  # host memory, kept between saves: its first touch costs most
@@ -71,8 +73,8 @@ class CheckpointWriter:
 
         Raises CheckpointError where that one failed.
         """
-        earlier = self.wait()
         started = time.perf_counter()
+        earlier = self.wait()
         tensors, places = self._snapshot(engine)
         held = time.perf_counter() - started
         record = self._record | {
@@ -150,9 +152,12 @@ class CheckpointWriter:
         """What killed saves have left."""
         for prefix in (PARTIAL, REMOVED):
             for folder in self.root.glob(f"{prefix}*"):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _write_rank_file(self, folder: Path, tensors: dict[str, Tensor], places: Places) -> RankFile:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite: a run could not go on from it")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / rank_file_name(self.mesh.rank)
         save_file(tensors, path)

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others has lost one
+from pretrain.config import COLLECTIVE_TIMEOUT, ConfigError
+
+TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def join_world() -> Iterator[torch.device]:
 def split_world(tensor: int, device: torch.device) -> Iterator[Mesh]:
     """Groups of `tensor` neighbouring ranks, and data parallel across them.
 
-    Raises ValueError where `tensor` does not divide the world size.
+    Raises ConfigError where `tensor` does not divide the world size.
     """
     world_size = dist.get_world_size()
     if world_size % tensor:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ValueError(f"parallel.tensor={tensor} does not divide {world_size} processes; what does: {divisors}")
+        raise ConfigError(f"parallel.tensor={tensor} does not divide {world_size} processes; what does: {divisors}")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     hosts = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
     try:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import VocabShard, linear_cross_entropy
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel, LMHead
+from pretrain.config import ConfigError
 from pretrain.parallel.mesh import Mesh
 
 
@@ -43,7 +44,7 @@ def unshard_tensors(shards: list[Tensor], dim: int, stride: int) -> Tensor:
 def shard_parameter(full: Tensor, mesh: Mesh, dim: int, stride: int = 1) -> nn.Parameter:
     """This rank's part as a parameter with megatron-core's marks."""
     if full.shape[dim] % (mesh.tensor_size * stride):
-        raise ValueError(f"a dimension of {full.shape[dim]} is not divisible by {mesh.tensor_size} tensor ranks")
+        raise ConfigError(f"a dimension of {full.shape[dim]} is not divisible by {mesh.tensor_size} tensor ranks")
     part = nn.Parameter(shard_tensor(full.detach(), dim, stride, mesh.tensor_rank, mesh.tensor_size))
     set_tensor_model_parallel_attributes(part, True, dim, stride)
     return part
@@ -176,7 +177,7 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> LanguageModel:
         return model
     config = model.config
     if config.mixer.name not in PLANS:
-        raise ValueError(f"mixer {config.mixer.name!r} has no tensor-parallel plan; these have: {sorted(PLANS)}")
+        raise ConfigError(f"mixer {config.mixer.name!r} has no tensor-parallel plan; these have: {sorted(PLANS)}")
     embedding, head = VocabParallelEmbedding(model.embedding, mesh), VocabParallelHead(model.head, mesh)
     if config.tie_embeddings:
         head.weight = embedding.weight

@@ -83,8 +83,9 @@ class ZeroEngine:
         `n_targets` counts the unmasked targets of the whole global batch: the gradient that `step` uses is that of
         (sum of losses over the global batch) / n_targets.
         """
+        on_device = {k: t if t is None else t.to(self.mesh.device, non_blocking=True) for k, t in batch.items()}
         with self.forward_clock:
-            loss = self.engine(**batch)
+            loss = self.engine(**on_device)
         # DeepSpeed averages over micro-batches and ranks; our losses are sums.
         self.engine.backward(loss * (self.grad_accum_steps * self.mesh.data_size / n_targets))
         return loss.detach()

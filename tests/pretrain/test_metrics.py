@@ -80,6 +80,21 @@ def test_a_failing_wandb_is_left_alone(
     assert steps(config) == [1, 2, 3]
 
 
+def test_a_log_that_takes_no_line_does_not_end_the_run(
+    config: Config, log: MetricsLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        patch.setattr(sys, "stderr", Full())
+        log.train_step(10, 640, VALUES)
+        log.skipped(11, "loss is nan", [1])
+    assert steps(config) == [10]
+
+
 def test_a_slow_rank_is_named(config: Config, log: MetricsLog, capsys: pytest.CaptureFixture) -> None:
     log.train_step(10, 640, VALUES)
     assert "slower" not in capsys.readouterr().out

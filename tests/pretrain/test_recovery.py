@@ -11,6 +11,8 @@ from pretrain import trainer as training
 from pretrain.config import Config, RecoveryConfig
 from pretrain.guard import Rollback, StepGuard, read_rollbacks, write_rollbacks
 from pretrain.parallel.mesh import Mesh
+from pretrain.status import read_status
+from pretrain.stop import Stop
 from pretrain.trainer import Trainer, TrainingError
 
 
@@ -113,6 +115,29 @@ def test_the_last_step_does_not_end_a_run_on_a_bad_model(config: Config, mesh: M
     assert trainer.run() == "done"
     assert [(r.to_step, r.first, r.last) for r in trainer.guard.rollbacks] == [(0, 9, 10)]
     assert all(t.isfinite().all() for t in masters(trainer).values())
+
+
+@pytest.mark.parametrize("bad", [5, 10])
+def test_a_stop_in_a_skipped_step_saves_what_was_trained(config: Config, mesh: Mesh, bad: int) -> None:
+    """The skip updated nothing, so that the model is as good as it was: 4 (or 9) updates must not be lost."""
+    trainer = Trainer(config, mesh)
+    poison(trainer, {bad})
+    wanted = trainer.stop.wanted
+    trainer.stop.wanted = lambda: Stop.SIGNAL if trainer.progress.step == bad else wanted()
+    assert trainer.run() == ("done" if bad == 10 else "signal")
+    assert read_status(Path(config.run_dir))["step"] == bad
+    resumed = Trainer(config, mesh)
+    assert (resumed.progress.step, resumed.progress.optimizer_steps) == (bad, bad - 1)
+
+
+def test_a_second_roll_back_goes_further_back(config: Config, mesh: Mesh) -> None:
+    """The newest checkpoint may hold what is wrong."""
+    config.checkpoint.interval, config.checkpoint.keep_last, config.recovery.max_skips = 2, 5, 2
+    trainer = Trainer(config, mesh)
+    poison(trainer, {5, 6, 7, 8})  # after 5 and 6 are passed over, 6 is saved, and so is the trouble
+    trainer.guard.rollbacks.append(Rollback(6, 90, 91, ""))
+    trainer.run()
+    assert [r.to_step for r in trainer.guard.rollbacks[1:]] == [4, 2]
 
 
 def test_a_spike_is_skipped_where_that_is_wanted(config: Config, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernels import selftest
+from pretrain import lock
 from pretrain.train import main
 
 CONFIG = """
@@ -114,9 +115,12 @@ with open(sys.argv[1], "a+") as file:
 """
 
 
-def test_two_jobs_do_not_train_in_one_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_jobs_do_not_train_in_one_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(run / "lock")], text=True, **pipes) as other:
         assert other.stdout.readline() == "held\n"
@@ -145,6 +149,7 @@ def test_a_wrong_kernel_stops_the_run_before_it_starts(
 ONE_BROKEN = """
 import os, sys
 from kernels import selftest
+from pretrain import lock
 from pretrain import train
 
 def require(device, say):
