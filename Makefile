@@ -25,6 +25,14 @@ test-slow: $(INSTALLED)
 fault-test: $(INSTALLED)
 	$(BIN)/python -m pytest tests/faults --fault-report=fault-report.md
 
+# Jobs on a real Slurm of network namespaces. Root on Debian gets what is missing; others are told why nothing ran.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+
+slurm-test: $(INSTALLED)
+	which slurmctld slurmd sbatch munged ip >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(SLURM_PACKAGES); }
+	$(BIN)/python -m pytest -rs -m slurm tests/slurm
+
 # What the interpreter stands in for elsewhere; needs no deepspeed and no megatron-core.
 gpu-test: $(INSTALLED)
 	$(BIN)/python3 -m kernels.selftest --device cuda --fresh
