@@ -252,7 +252,7 @@ def test_unfit_shards(submit_dir, capsys, shard):
 
 def test_disk_must_hold_all_that_is_kept(submit_dir, capsys):
     """keep_last + the next + the best + every tenth of the 100 steps."""
-    every = ("checkpoint.keep_every=10", "checkpoint.keep_best=true")
+    every = ("checkpoint.keep_every=10", "checkpoint.keep_best=true", "eval.interval=1")
     assert foretold(capsys, *every)["checkpoints, at most"].startswith(f"{14 * CHECKPOINT / 1e9:.1f} GB")
     [problem] = refusal(capsys, "checkpoint.keep_last=1000000000")
     assert "the disk of runs/tiny has" in problem and f"{1_000_000_001 * CHECKPOINT / 1e9:,.1f} GB" in problem
