@@ -11,7 +11,7 @@ import torch
 from data_tools.files import write_durably
 from longhorn_layers.model import LanguageModel
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointWriter, Progress, SaveReport
+from pretrain.checkpoint import CheckpointManifest, CheckpointWriter, Progress, SaveReport
 from pretrain.config import Config, config_to_dict
 from pretrain.data import IGNORED, TrainingData
 from pretrain.guard import StepGuard, read_rollbacks, write_rollbacks
@@ -112,13 +112,16 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.config.total_steps
 
+    def _due(self, interval: int) -> bool:
+        return self.finished or self.progress.step % interval == 0
+
     def _save_is_due(self) -> bool:
         """At a multiple of the interval, and as soon as may be where that one was passed by.
 
         Not between steps that were skipped, as the model may be what is wrong, unless there is no later.
         """
         step, interval, saved = self.progress.step, self.config.checkpoint.interval, self.saved_step or 0
-        due = bool(self.stopping) or self.finished or step % interval == 0 or step - saved >= interval
+        due = bool(self.stopping) or self._due(interval) or step - saved >= interval
         return due and (bool(self.stopping) or not self.guard.in_a_row) and self.saved_step != step
 
     def _agree(self, log: MetricsLog | None) -> None:
@@ -150,9 +153,10 @@ class Trainer:
 
     def _validate_if_due(self, log: MetricsLog | None, dog: Watchdog) -> float | None:
         """The validation loss, or None where none is due or a stop came in between: it is then made up for."""
-        due = self.finished or self.progress.step % max(self.config.eval.interval, 1) == 0
-        self.unvalidated = due and self.validation is not None
-        if self.validation is None or self.stopping or not due:
+        if self.validation is None:
+            return None
+        self.unvalidated = self._due(self.config.eval.interval)
+        if self.stopping or not self.unvalidated:
             return None
 
         def interrupted() -> bool:
@@ -246,16 +250,18 @@ class Trainer:
         checkpoint.check_allowed(allowed, self.identity)
         folder = checkpoint.choose(self.mesh, self.run_dir, from_step)
         if folder is not None:
-            self._load(folder, allowed)
-            self.unvalidated = bool(self.saved_step) and checkpoint.read_manifest(folder).validation_loss is None
+            manifest = self._load(folder, allowed)
+            has_validated = manifest.validation_loss is not None or self.validation is None
+            self.unvalidated = bool(self.saved_step) and not has_validated
             if self.mesh.rank == 0:
                 say(f"resumed from {folder} at {self.progress.consumed_tokens:,} tokens")
 
-    def _load(self, folder: Path, allowed: Sequence[str] = ()) -> None:
-        self.progress = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)
-        self.saved_step = self.progress.step
+    def _load(self, folder: Path, allowed: Sequence[str] = ()) -> CheckpointManifest:
+        manifest = checkpoint.load(self.engine, self.mesh, folder, self.identity, allowed)
+        self.progress, self.saved_step = manifest.progress, manifest.progress.step
         if self.mesh.rank == 0:
             checkpoint.set_back(folder)
+        return manifest
 
 
 def tokenizer_record(data: TrainingData) -> dict[str, Any]:

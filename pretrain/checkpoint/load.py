@@ -13,7 +13,7 @@ from torch import Tensor
 from longhorn_layers.model import LanguageModel
 from pretrain.checkpoint import rng
 from pretrain.checkpoint.find import resolve
-from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, Progress, rank_file_name, read_manifest
+from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, rank_file_name, read_manifest
 from pretrain.config import Config, ConfigError, config_from_dict
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
@@ -56,8 +56,8 @@ class _Reader:
 
 def load(
     engine: ZeroEngine, mesh: Mesh, folder: Path, identity: dict[str, Any], allowed: Sequence[str] = ()
-) -> Progress:
-    """Write a checkpoint of any topology into the engine; returns where it stood.
+) -> CheckpointManifest:
+    """Write a checkpoint of any topology into the engine; returns what its manifest says.
 
     Raises CheckpointError where `identity` differs in more than the keys (or their sections) `allowed`, naming each
     difference.
@@ -82,7 +82,7 @@ def load(
         raise CheckpointError(problems[0])
     engine.masters_changed(manifest.progress.optimizer_steps)
     _restore_rng(folder, manifest, mesh)
-    return manifest.progress
+    return manifest
 
 
 def check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:
