@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 18
@@ -16,6 +17,15 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None
             digest.update(chunk)
             on_bytes(len(chunk))
     return digest.hexdigest()
+
+
+def unchanged_since(path: Path, marker: Path) -> bool:
+    """Whether a file is surely the one that it was when the marker was written.
+
+    By the time of the last change to the file or its name, which no copying tool can set back; both on one file system.
+    """
+    now, then = path.stat(), marker.stat()
+    return now.st_dev == then.st_dev and now.st_ctime_ns < then.st_ctime_ns
 
 
 def sync(path: Path) -> None:
@@ -34,12 +44,25 @@ def replace_durably(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write `path` under: renamed durably where the body ends well, removed where it does not.
+
+    An OSError of a write, which names no file, is raised again with the path: a full disk is somebody's to mend.
+    """
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         replace_durably(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk should not hold half a file, too
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk should not hold half a file, too
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,128 +1,193 @@
-"""A worker's job: from one input file one part, a shard with a marker of what it was made of."""
+"""A worker's job: from one input file one part, a run of tokens and a document table, with a marker written last."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from data_tools.files import sha256_file, write_durably
-from data_tools.readers import BadLine, read_documents
-from data_tools.shards import FORMAT_VERSION, Counts, ShardPaths, SourceFile
+from data_tools.documents import DocumentWriter, write_documents
+from data_tools.encoder import Encoder
+from data_tools.files import new_file, sha256_file, unchanged_since, write_durably
+from data_tools.quarantine import Quarantine, quarantine_path
+from data_tools.readers import BadLine, Document, read_documents
+from data_tools.shards import FORMAT_VERSION, Counts, SourceFile
 from data_tools.tokenizer import Tokenizer, TokenizerError
 
 
-class TooManyBadLines(Exception):
-    """More bad lines than allowed; ``lines`` holds ``file:line: reason`` of those seen."""
+class BadInput(ValueError):
+    """A record that can't be used, where no folder for such was given; the message names file, line and reason."""
 
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__(lines)
-        self.lines = lines
+
+@dataclass(frozen=True)
+class PartPaths:
+    """A part's files."""
+
+    bin: Path
+    documents: Path
+    marker: Path
+
+    @classmethod
+    def of(cls, prefix: Path) -> Self:
+        """Paths by appending to `FOLDER/NAME`."""
+        return cls(*(Path(f"{prefix}.{end}") for end in ("bin", "documents.npy", "done.json")))
 
 
 @dataclass(frozen=True)
 class PartJob:
-    """One input file, where its part goes, and the tokenizer and limit that it is made with."""
+    """One input file, where its part goes, and the tokenizer that it is made with."""
 
     source: Path
     prefix: Path
     tokenizer: str
     tokenizer_sha256: str
-    skip_bad: int
+    bad_dir: Path | None  # where unusable records go; None: the first one is an error
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a finished part was made of and holds; on disk as ``PREFIX.done.json``, written last."""
+    """What a finished part was made of and holds; on disk as `NAME.done.json`."""
 
     format_version: int
     source: SourceFile
     tokenizer_sha256: str
-    sets: dict[str, Counts]
+    sets: dict[str, Counts]  # by name, sorted: the document table's numbers
     empty_documents: int
-    bad_lines: list[str]
+    bad: dict[str, int]  # unusable records by kind
 
+    @property
+    def documents(self) -> int:
+        """Documents with text."""
+        return sum(counts.documents for counts in self.sets.values())
 
-def marker_path(prefix: Path) -> Path:
-    """The file whose presence says that a part is finished."""
-    return Path(f"{prefix}.done.json")
+    @property
+    def tokens(self) -> int:
+        """Tokens, EOS included."""
+        return sum(counts.tokens for counts in self.sets.values())
+
+    @classmethod
+    def read(cls, prefix: Path) -> Self | None:
+        """The part's marker; None where there is none, or a broken one."""
+        try:
+            return TypeAdapter(cls).validate_json(PartPaths.of(prefix).marker.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
 
 
 def make_part(job: PartJob, advance: Callable[[int], None]) -> tuple[Part, bool]:
     """Make the part, or find it finished by an earlier run; the flag says that it was found.
 
     Args:
-        advance: hears how many more bytes of the file, as it lies on the disk, have been read.
+        advance: hears how many more bytes of the file, as it lies on the disk, have been dealt with.
 
     Raises:
-        TooManyBadLines: the file has more than ``job.skip_bad``.
+        BadInput: an unusable record, and `job.bad_dir` is None.
+        ValueError: the file changed while it was read.
         TokenizerError: the tokenizer's file is not what it was when the command started.
-        Whatever ``advance`` raises; the part is then not finished.
+        Whatever `advance` raises; the part is then not finished.
     """
     if (found := _finished_part(job, advance)) is not None:
         return found, True
-    marker_path(job.prefix).unlink(missing_ok=True)
-    part = _write_part(job, advance)
-    write_durably(marker_path(job.prefix), orjson.dumps(part, option=orjson.OPT_INDENT_2))
+    paths = PartPaths.of(job.prefix)
+    paths.marker.unlink(missing_ok=True)
+    for left_by_killed_run in job.prefix.parent.glob(f"{job.prefix.name}.*.tmp*"):
+        left_by_killed_run.unlink(missing_ok=True)
+    part = _write_part(job, paths, advance)
+    write_durably(paths.marker, orjson.dumps(part, option=orjson.OPT_INDENT_2))
     return part, False
 
 
 def _finished_part(job: PartJob, advance: Callable[[int], None]) -> Part | None:
-    try:
-        part = TypeAdapter(Part).validate_json(marker_path(job.prefix).read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-    size = job.source.stat().st_size
-    if (part.format_version, part.tokenizer_sha256, part.source.size) != (
+    part, size = Part.read(job.prefix), job.source.stat().st_size
+    if part is None or (part.format_version, part.tokenizer_sha256, part.source.size) != (
         FORMAT_VERSION,
         job.tokenizer_sha256,
         size,
     ):
         return None
-    if part.source.sha256 != sha256_file(job.source, advance):
+    if part.bad and job.bad_dir is None:
+        return None  # made by a run that was told to set them aside; this one is to stop at them
+    if part.bad and job.bad_dir and not quarantine_path(job.bad_dir, job.prefix.name).is_file():
+        return None  # set aside in another folder
+    if part.source.path == str(job.source) and unchanged_since(job.source, PartPaths.of(job.prefix).marker):
+        advance(size)
+    elif part.source.sha256 != sha256_file(job.source, advance):
         advance(-size)  # it will be read again
         return None
     return part
 
 
-def _write_part(job: PartJob, advance: Callable[[int], None]) -> Part:
-    # Takes seconds to import where the worker pool has not done so.
-    from data_tools.indexed import ShardWriter, token_dtype
-
-    tokenizer = _load_tokenizer(job.tokenizer, job.tokenizer_sha256)
-    digest, size = hashlib.sha256(), 0
-    sets: dict[str, Counts] = {}
-    empty, bad = 0, list[str]()
-
-    def on_bytes(chunk: bytes) -> None:
-        nonlocal size
-        digest.update(chunk)
-        size += len(chunk)
-        advance(len(chunk))
-
-    with ShardWriter(ShardPaths.of(job.prefix), token_dtype(tokenizer.vocab_size)) as writer:
-        for item in read_documents(job.source, on_bytes):
+def _write_part(job: PartJob, paths: PartPaths, advance: Callable[[int], None]) -> Part:
+    source, before = _Source(job.source, advance), job.source.stat()
+    encoder = _load_encoder(job.tokenizer, job.tokenizer_sha256)
+    counts = _Tally()
+    with (
+        Quarantine(job.bad_dir, job.prefix.name) as quarantine,
+        write_documents(paths.documents) as table,
+        new_file(paths.bin) as temporary,
+        open(temporary, "wb") as tokens,
+    ):
+        for item in read_documents(job.source, source.on_bytes):
             if isinstance(item, BadLine):
-                bad.append(str(item))
-                if len(bad) > job.skip_bad:
-                    raise TooManyBadLines(bad)
+                if job.bad_dir is None:
+                    raise BadInput(str(item))
+                quarantine.add(item)
+                counts.bad[item.kind] = counts.bad.get(item.kind, 0) + 1
             elif not item.text:
-                empty += 1
+                counts.empty_documents += 1
             else:
-                ids = [*tokenizer.encode(item.text), tokenizer.eos_id]
-                writer.add(ids)
-                counted = Counts(documents=1, tokens=len(ids), text_bytes=len(item.text.encode()))
-                sets[item.set_name] = sets.get(item.set_name, Counts()) + counted
-    source = SourceFile(str(job.source), size, digest.hexdigest())
-    return Part(FORMAT_VERSION, source, tokenizer.sha256, sets, empty, bad)
+                counts.add(item.set_name, *_write_document(item, encoder, tokens, table))
+        source.check_unchanged(before)
+    made_of = SourceFile(str(job.source), source.size, source.digest.hexdigest())
+    sets, bad = dict(sorted(counts.sets.items())), dict(sorted(counts.bad.items()))
+    return Part(FORMAT_VERSION, made_of, job.tokenizer_sha256, sets, counts.empty_documents, bad)
+
+
+def _write_document(item: Document, encoder: Encoder, stream: BinaryIO, table: DocumentWriter) -> tuple[int, int]:
+    """Append a document; returns its tokens, EOS included, and its bytes of text."""
+    written = sum(stream.write(ids) for ids in encoder.slices(item.text)) + stream.write(encoder.eos)
+    tokens, utf8 = written // encoder.dtype.itemsize, item.text.encode()
+    table.add(utf8, tokens, item.set_name, item.line)
+    return tokens, len(utf8)
+
+
+class _Source:
+    """Hashes the input as it is read, and notices when it is another file than at the start."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
+        self.path, self.size, self.digest = path, 0, hashlib.sha256()
+        self._advance = advance
+
+    def on_bytes(self, chunk: bytes) -> None:
+        self.digest.update(chunk)
+        self.size += len(chunk)
+        self._advance(len(chunk))
+
+    def check_unchanged(self, before: os.stat_result) -> None:
+        now = self.path.stat()
+        seen = (before.st_ino, before.st_size, before.st_mtime_ns)
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != seen or self.size != now.st_size:
+            raise ValueError(f"{self.path}: changed while it was read; run again when nothing writes to it")
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.sets: dict[str, Counts] = {}
+        self.bad: dict[str, int] = {}
+        self.empty_documents = 0
+
+    def add(self, set_name: str, tokens: int, text_bytes: int) -> None:
+        self.sets[set_name] = self.sets.get(set_name, Counts()) + Counts(1, tokens, text_bytes)
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(source: str, sha256: str) -> Tokenizer:
+def _load_encoder(source: str, sha256: str) -> Encoder:
     tokenizer = Tokenizer.load(source)
     if tokenizer.sha256 != sha256:
         raise TokenizerError(f"{source}: the file changed while it was in use")
-    return tokenizer
+    return Encoder(tokenizer)

@@ -10,17 +10,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.managers import SyncManager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
-from data_tools.parts import Part, PartJob, TooManyBadLines, make_part
+from data_tools.parts import Part, PartJob, make_part
+from data_tools.progress import BytesProgress
 
 POLL_SECONDS = 0.2
 
@@ -53,11 +44,10 @@ class Link:
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Link]]:
-    """A pool of processes that have megatron-core loaded, stopped early where the body raises."""
-    # Forked from a server that has imported megatron-core once: no import per worker, and no fork
-    # of a process that has threads.
+    """A pool of processes, stopped early where the body raises."""
+    # Forked from a server that has the imports done: no fork of a process that has threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_tools.indexed", "data_tools.parts"])
+    context.set_forkserver_preload(["data_tools.parts"])
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     # Ctrl-C is the command's to handle: what starts here, and all that it starts, inherits a mask.
     # The tracker goes first because its start ends in unmasking.
@@ -83,41 +73,19 @@ def worker_pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Link]]:
 
 
 def make_parts(jobs: list[PartJob], pool: ProcessPoolExecutor, link: Link) -> list[tuple[Part, bool]]:
-    """Make every job's part; returns in the jobs' order what :func:`make_part` does.
-
-    Raises:
-        TooManyBadLines: the files together have more than the jobs' ``skip_bad``.
-    """
+    """Make every job's part; returns in the jobs' order what :func:`make_part` does, and raises what it raises."""
     sizes = {job.source: job.source.stat().st_size for job in jobs}
     # The largest first, so that none is left over at the end.
     by_size = sorted(jobs, key=lambda job: sizes[job.source], reverse=True)
     futures = {job.source: pool.submit(make_part, job, link.advance) for job in by_size}
     pending = set(futures.values())
-    bad: list[str] = []
-    with _progress() as progress:
-        bar = progress.add_task("tokenizing (input as stored)", total=sum(sizes.values()))
+    with BytesProgress("tokenizing (input as stored)", sum(sizes.values())) as progress:
         while pending:
             done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            progress.advance(bar, link.read_bytes())
+            progress.advance(link.read_bytes())
             for future in done:
-                try:
-                    bad += future.result()[0].bad_lines
-                except TooManyBadLines as error:
-                    bad += error.lines
-            if len(bad) > jobs[0].skip_bad:
-                raise TooManyBadLines(bad)
+                future.result()
     return [futures[job.source].result() for job in jobs]
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _end_with_parent() -> None:

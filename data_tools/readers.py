@@ -1,25 +1,37 @@
 """Stream documents from SlimPajama-shaped files: one JSON object a line, plain, gzip or zstd.
 
-Nothing here holds more than a chunk and a line in memory. A line that can't be used comes out as a
-:class:`BadLine`, in its place, so that the caller decides how many are too many.
+A line that can't be used comes out as a :class:`BadLine`, in its place, so that the caller decides
+how many are too many. Every line that isn't blank comes out as one or the other. What is held is a
+piece of the file and one line, whatever the file's size.
 """
 
 import glob
-import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import orjson
-import zstandard
 
-from data_tools.files import CHUNK_BYTES
+from data_tools.archives import DamagedArchive, file_kind, read_content
 
 UNLABELLED = "unlabelled"
-DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
-# The widest window the format allows: archives made with `zstd --long=31` open too.
-MAX_ZSTD_WINDOW = 1 << 31
+MAX_LINE_BYTES = 1 << 30
+# How much of a line that is too long a bad line shows.
+SHOWN_BYTES = 1 << 10
+
+BadKind = Literal[
+    "broken JSON",
+    "invalid UTF-8",
+    "not an object",
+    "no text",
+    "text not a string",
+    "line too long",
+    "damaged archive",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +45,20 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that can't be used, and why."""
+    """A line that can't be used: what is wrong with it, in a word and in full, and its bytes.
+
+    ``raw`` is the line as it is in the file, without its line end; of a line that is too long its
+    beginning; and of a damaged archive what was left of a line that had begun.
+    """
 
     path: str
     line: int
+    kind: BadKind
     reason: str
+    raw: bytes
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.reason}"
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _zstd() -> _Decompressor:
-    return zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).decompressobj()
-
-
-def _gzip() -> _Decompressor:
-    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-
-
-DECOMPRESSORS: dict[str, Callable[[], _Decompressor] | None] = {
-    ".jsonl": None,
-    ".jsonl.gz": _gzip,
-    ".jsonl.zst": _zstd,
-}
-
-
-def file_kind(path: Path) -> str:
-    """The supported suffix of a file's name; ValueError names a file that has none."""
-    for suffix in DECOMPRESSORS:
-        if path.name.endswith(suffix):
-            return suffix
-    raise ValueError(f"{path}: not a kind of file that can be read; use one of {', '.join(DECOMPRESSORS)}")
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
@@ -88,95 +75,105 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 
 
 def read_documents(
-    path: Path, on_bytes: Callable[[bytes], object] = lambda chunk: None
+    path: Path,
+    on_bytes: Callable[[bytes], object] = lambda chunk: None,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Document | BadLine]:
     """Yield a file's documents and bad lines in order.
 
+    Passed over: blank lines (only ASCII whitespace), a byte order mark that begins the file, a CR
+    before a line end. The last line may lack its line end.
+
+    Texts come out exactly as they are, also empty, of whitespace only, or with NULs in them. Where
+    a key is there twice the last one counts; a number too large for 64 bits is none of our concern.
+
+    Bad lines are, besides what is plainly no object with a ``text``: NaN, Infinity and numbers
+    beyond a double's range, which JSON doesn't have; an escape that is half of a surrogate pair,
+    for which UTF-8 has no bytes; more than 1024 levels of nesting; a byte order mark further on;
+    and a raw NUL or other control character, which JSON wants escaped.
+
     Args:
         path: a ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file. Archives of several gzip members
-            or zstd frames (as parallel compressors write) are read whole. Blank lines are passed
-            over.
+            or zstd frames (as parallel compressors write) are read whole.
         on_bytes: hears every chunk as it lies on the disk (for a hash, for progress).
+        max_line_bytes: a longer line is bad, and not held.
 
     Raises:
         ValueError: the name has another suffix.
-        OSError: the file can't be read. A damaged archive is a :class:`BadLine`, and ends the file.
+        OSError: the file can't be read. A damaged archive is a :class:`BadLine`, and ends the file:
+            where the next sound frame begins can't be told. Before it come the whole lines of the
+            frames before a corrupted one, or all whole lines of a truncated file.
     """
-    number = 0
+    lines = _Lines(max_line_bytes)
+    parse = partial(_parse, str(path), max_line_bytes)
     try:
-        for number, line in enumerate(_lines(_content(path, on_bytes)), start=1):
-            if line and not line.isspace():
-                yield _parse(path, number, line)
-    except DAMAGE as error:
-        yield BadLine(str(path), number + 1, f"damaged archive: {error}")
+        # By way of map, since a loop variable here would hold the line while its document is worked on.
+        yield from filter(None, map(parse, count(1), lines.split(read_content(path, on_bytes))))
+    except DamagedArchive as error:
+        unfinished = lines.unfinished
+        raw = bytes(unfinished[:SHOWN_BYTES] if len(unfinished) > max_line_bytes else unfinished)
+        yield BadLine(str(path), lines.finished + 1, "damaged archive", f"damaged archive: {error}", raw)
 
 
-def _content(path: Path, on_bytes: Callable[[bytes], object]) -> Iterator[bytes]:
-    decompressor = DECOMPRESSORS[file_kind(path)]
-    with open(path, "rb") as stream:
-        raw = _tapped(iter(lambda: stream.read(CHUNK_BYTES), b""), on_bytes)
-        try:
-            yield from raw if decompressor is None else _decompressed(raw, decompressor)
-        except DAMAGE:
-            for _ in raw:  # so that on_bytes hears the whole file: a hash of half of it would match nothing
-                pass
-            raise
+class _Lines:
+    """Cuts content into lines; of a line longer than ``max_bytes`` one byte more than these is kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.finished = 0
+        self.unfinished = bytearray()
+        self._max_bytes = max_bytes
+
+    def split(self, pieces: Iterable[bytes]) -> Iterator[bytes | bytearray]:
+        for piece in pieces:
+            first, *rest = piece.split(b"\n")
+            self._append(first)
+            if rest:
+                yield self._finish()
+                for line in rest[:-1]:
+                    self.finished += 1
+                    yield line
+                self._append(rest[-1])
+        if self.unfinished:
+            yield self._finish()
+
+    def _append(self, part: bytes) -> None:
+        room = self._max_bytes + 1 - len(self.unfinished)
+        self.unfinished += part if len(part) <= room else part[:room]
+
+    def _finish(self) -> bytearray:
+        line, self.unfinished = self.unfinished, bytearray()
+        self.finished += 1
+        return line
 
 
-def _tapped(chunks: Iterable[bytes], on_bytes: Callable[[bytes], object]) -> Iterator[bytes]:
-    for chunk in chunks:
-        on_bytes(chunk)
-        yield chunk
-
-
-def _decompressed(chunks: Iterable[bytes], new: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    # zstandard's own stream reader takes the end of a truncated file for the end of the data, so
-    # the frames are followed by hand: a frame that has begun must end. An empty file holds no frame
-    # and counts as truncated.
-    frame: _Decompressor | None = new()
-    for chunk in chunks:
-        while chunk:
-            frame = frame or new()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("truncated: the file ends inside a compressed frame")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    head: list[bytes] = []
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        head.append(first)
-        if rest:
-            yield b"".join(head)
-            yield from rest[:-1]
-            head = [rest[-1]]
-    if tail := b"".join(head):
-        yield tail
-
-
-def _parse(path: Path, number: int, line: bytes) -> Document | BadLine:
+def _parse(path: str, max_bytes: int, number: int, line: bytes | bytearray) -> Document | BadLine | None:
+    if len(line) > max_bytes:
+        reason = f"line too long: more than {max_bytes} bytes"
+        return BadLine(path, number, "line too long", reason, bytes(line[:SHOWN_BYTES]))
+    content = line[len(BOM_UTF8) :] if number == 1 and line.startswith(BOM_UTF8) else line
+    if not content or content.isspace():
+        return None
     try:
-        record = orjson.loads(line)
+        record = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        return BadLine(str(path), number, _why_not_json(line, error))
+        return BadLine(path, number, *_why_not_json(content, error), bytes(line))
     if not isinstance(record, dict):
-        return BadLine(str(path), number, f"a JSON {type(record).__name__}, not an object with a `text`")
-    text = record.get("text")
-    if not isinstance(text, str):
-        found = f"`text` is {type(text).__name__}, not a string" if "text" in record else "no `text`"
-        return BadLine(str(path), number, found)
+        reason = f"a JSON {type(record).__name__}, not an object with a `text`"
+        return BadLine(path, number, "not an object", reason, bytes(line))
+    if "text" not in record:
+        return BadLine(path, number, "no text", "no `text`", bytes(line))
+    if not isinstance(text := record["text"], str):
+        reason = f"`text` is {type(text).__name__}, not a string"
+        return BadLine(path, number, "text not a string", reason, bytes(line))
     return Document(text, _set_name(record), number)
 
 
-def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+def _why_not_json(line: bytes | bytearray, error: orjson.JSONDecodeError) -> tuple[BadKind, str]:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as fault:
-        return f"invalid UTF-8 at byte {fault.start} of the line"
-    return f"broken JSON at character {error.pos}: {error.msg}"
+        return "invalid UTF-8", f"invalid UTF-8 at byte {fault.start} of the line"
+    return "broken JSON", f"broken JSON at character {error.pos}: {error.msg}"
 
 
 def _set_name(record: dict[str, Any]) -> str:

@@ -1,31 +1,32 @@
-"""A token shard on disk: ``PREFIX.bin``, ``PREFIX.idx``, ``PREFIX.manifest.json`` and
-``PREFIX.tokenizer.model``.
+"""A token shard on disk: ``PREFIX.bin``, ``.idx``, ``.documents.npy``, ``.manifest.json`` and ``.tokenizer.model``.
 
-``.bin`` and ``.idx`` are megatron-core's IndexedDataset, one document a sequence, EOS at the end of
-each, and readable by Megatron-LM and gpt-neox. The manifest says what they were made of; a shard
-without one is not finished.
+``.bin`` and ``.idx`` are Megatron's indexed dataset, one document a sequence, EOS at the end of each: readable by
+Megatron-LM and gpt-neox. The document table holds hashes and sources (``documents.py``). The manifest says what they
+were made of; a shard without one is not finished.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.documents import open_documents
 from data_tools.files import sha256_file, write_durably
+from data_tools.index import index_bytes, read_index
+from data_tools.tokenizer import TokenizerRecord
 
-if TYPE_CHECKING:
-    from data_tools.indexed import IndexedDataset
-
-FORMAT_VERSION = 1
-# Magic, version, type, two counts and the first document's start; then a length, a pointer and an
-# end for each document.
-INDEX_HEADER_BYTES = 9 + 8 + 1 + 8 + 8 + 8
-INDEX_DOCUMENT_BYTES = 4 + 8 + 8
+FORMAT_VERSION = 2
 VERIFY_TOKENS = 1 << 24
 TokenType = Literal["uint16", "int32"]
+
+
+def token_type(dtype: np.dtype) -> TokenType:
+    """A manifest's name for the type of stored tokens."""
+    return "uint16" if dtype == np.uint16 else "int32"
 
 
 class ShardError(ValueError):
@@ -34,39 +35,28 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class ShardPaths:
-    """The four files of a prefix."""
+    """The five files of a prefix."""
 
     bin: Path
     idx: Path
+    documents: Path
     manifest: Path
     tokenizer: Path
 
     @classmethod
     def of(cls, prefix: str | Path) -> Self:
         """Paths by appending to the prefix, which may itself hold dots."""
-        ends = ("bin", "idx", "manifest.json", "tokenizer.model")
+        ends = ("bin", "idx", "documents.npy", "manifest.json", "tokenizer.model")
         return cls(*(Path(f"{prefix}.{end}") for end in ends))
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """An input file: path as it was given, size in bytes as it lies on disk, and its content's
-    hash.
-    """
+    """An input file: path as it was given, size in bytes as it lies on disk, and its content's hash."""
 
     path: str
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """Which tokenizer made the ids."""
-
-    name: str
-    sha256: str
-    vocab_size: int
-    eos_id: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +77,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard holds and what it was made of. Equal inputs and tokenizer give an equal
-    manifest.
+    """What a shard holds and what it was made of. Equal inputs and tokenizer give an equal manifest.
+
+    `bad` counts the records that could not be used, by kind; `--bad-dir` has them.
     """
 
     format_version: int
@@ -97,11 +88,12 @@ class Manifest:
     text_bytes: int
     sets: dict[str, Counts]
     empty_documents: int
-    bad_lines: list[str]
+    bad: dict[str, int]
     dtype: TokenType
     tokenizer: TokenizerRecord
     bin_sha256: str
     idx_sha256: str
+    documents_sha256: str
     sources: list[SourceFile]
 
     def write(self, path: Path) -> None:
@@ -124,26 +116,46 @@ class Manifest:
                 "make one with `python -m data_tools.tokenize --output PREFIX`"
             ) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "the file"
-            raise ShardError(f"{path}: {key}: {first['msg']}") from error
+            raise ShardError(f"{path}: {first_problem(error)}") from error
         if manifest.format_version != FORMAT_VERSION:
             raise ShardError(f"{path}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}")
         return manifest
 
 
-def open_shard(prefix: str | Path) -> "IndexedDataset":
-    """Open a finished shard: item i is document i's ids, read-only (tokens,) of its ``dtype``.
+def first_problem(error: ValidationError) -> str:
+    """The first thing wrong with a JSON file, as `key: what`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+class Shard:
+    """An opened shard: item i is document i's ids, read-only (tokens,) of `dtype`."""
+
+    def __init__(self, paths: ShardPaths) -> None:
+        index = read_index(paths.idx)
+        self.dtype = index.dtype
+        self.sequence_lengths = index.sequence_lengths
+        self._starts = index.sequence_pointers
+        self.tokens = np.memmap(paths.bin, self.dtype, "r")
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        start = int(self._starts[document]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sequence_lengths[document])]
+
+
+def open_shard(prefix: str | Path) -> Shard:
+    """Open a finished shard.
 
     Raises:
-        ShardError: no manifest, a missing or cut ``.bin`` or ``.idx``, or other counts than the
-            manifest's.
+        ShardError: no manifest, a missing or cut file, or other counts than the manifest's.
     """
     paths, manifest = ShardPaths.of(prefix), Manifest.read(ShardPaths.of(prefix).manifest)
-    # Sizes first: on a cut file megatron-core fails with an assertion, and again in its destructor.
     sizes = {
         paths.bin: manifest.tokens * np.dtype(manifest.dtype).itemsize,
-        paths.idx: INDEX_HEADER_BYTES + manifest.documents * INDEX_DOCUMENT_BYTES,
+        paths.idx: index_bytes(manifest.documents),
     }
     described = f"{manifest.documents} documents and {manifest.tokens} tokens"
     for path, size in sizes.items():
@@ -151,28 +163,27 @@ def open_shard(prefix: str | Path) -> "IndexedDataset":
             raise ShardError(f"{path} is missing beside its manifest; run data_tools.tokenize again")
         if (found := path.stat().st_size) != size:
             raise ShardError(f"{path} has {found} bytes; the manifest's {described} take {size}")
-    # Importing it takes seconds, and reading a manifest must not cost them.
-    from data_tools.indexed import IndexedDataset
-
     try:
-        dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError) as error:
-        raise ShardError(f"{paths.idx}: not a readable index: {error}") from error
-    tokens, dtype = int(dataset.sequence_lengths.sum()), np.dtype(dataset.index.dtype).name
+        shard = Shard(paths)
+    except ValueError as error:
+        raise ShardError(str(error)) from error
+    tokens, dtype = int(shard.sequence_lengths.sum(dtype=np.int64)), shard.dtype.name
     if (tokens, dtype) != (manifest.tokens, manifest.dtype):
         raise ShardError(
             f"{paths.idx}: an index of {tokens} tokens of {dtype}; "
             f"the manifest says {manifest.tokens} of {manifest.dtype}"
         )
-    return dataset
+    return shard
 
 
-def verify_shard(prefix: str | Path) -> list[str]:
-    """Read a whole shard and compare it with its manifest; returns what differs, nothing for a
-    sound shard.
+def verify_shard(prefix: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
+    """Read a whole shard and compare it with its manifest; returns what differs, nothing for a sound shard.
 
-    Checked: the hashes of ``.bin``, ``.idx`` and the tokenizer, the counts, that every id is a
-    piece of the vocabulary, and that EOS stands at the end of every document and nowhere else.
+    Checked: the hashes of all files, the counts, that every id is a piece of the vocabulary, that EOS stands at the
+    end of every document and nowhere else, and that the document table has the index's lengths.
+
+    Args:
+        on_bytes: hears how many more bytes have been hashed.
 
     Raises:
         ShardError: there is no readable manifest to compare with.
@@ -181,39 +192,55 @@ def verify_shard(prefix: str | Path) -> list[str]:
     hashes = {
         paths.bin: manifest.bin_sha256,
         paths.idx: manifest.idx_sha256,
+        paths.documents: manifest.documents_sha256,
         paths.tokenizer: manifest.tokenizer.sha256,
     }
-    problems = [problem for path, sha256 in hashes.items() if (problem := _hash_problem(path, sha256))]
+    problems = [problem for path, sha256 in hashes.items() if (problem := hash_problem(path, sha256, on_bytes))]
     try:
-        dataset = open_shard(prefix)
+        shard = open_shard(prefix)
     except ShardError as error:
         return [*problems, str(error)]
-    return problems + _token_problems(dataset, manifest)
+    problems += token_problems(shard, manifest.tokenizer)
+    return problems + _table_problems(paths.documents, shard, manifest)
 
 
-def _hash_problem(path: Path, sha256: str) -> str | None:
+def hash_problem(path: Path, sha256: str, on_bytes: Callable[[int], None] = lambda count: None) -> str | None:
+    """What is wrong with a file that should have this hash."""
     if not path.is_file():
         return f"{path} is missing"
-    found = sha256_file(path)
+    found = sha256_file(path, on_bytes)
     return None if found == sha256 else f"{path}: sha256 is {found}, the manifest says {sha256}"
 
 
-def _token_problems(dataset: "IndexedDataset", manifest: Manifest) -> list[str]:
-    vocab_size, eos_id = manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id
-    tokens = np.memmap(f"{dataset.path_prefix}.bin", dtype=dataset.index.dtype, mode="r")
+def token_problems(shard: Shard, tokenizer: TokenizerRecord) -> list[str]:
+    """Ids outside the vocabulary, documents that don't end with EOS, and EOS elsewhere."""
+    tokens, eos_id = shard.tokens, tokenizer.eos_id
     # int32 covers the stored types (uint16 and int32), and so finds negative ids too.
     outside = eos_count = 0
     for start in range(0, len(tokens), VERIFY_TOKENS):
         chunk = tokens[start : start + VERIFY_TOKENS].astype(np.int32)
-        outside += int(((chunk < 0) | (chunk >= vocab_size)).sum())
+        outside += int(((chunk < 0) | (chunk >= tokenizer.vocab_size)).sum())
         eos_count += int((chunk == eos_id).sum())
-    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64) - 1
+    ends = np.cumsum(shard.sequence_lengths, dtype=np.int64) - 1
     unended = np.flatnonzero(tokens[ends] != eos_id)
     problems = []
     if outside:
-        problems.append(f"{outside} token ids are outside the vocabulary of {vocab_size}")
+        problems.append(f"{outside} token ids are outside the vocabulary of {tokenizer.vocab_size}")
     if len(unended):
         problems.append(f"{len(unended)} documents do not end with EOS ({eos_id}), the first is {unended[0]}")
-    if eos_count != manifest.documents:
-        problems.append(f"EOS ({eos_id}) occurs {eos_count} times in {manifest.documents} documents")
+    if eos_count != len(shard):
+        problems.append(f"EOS ({eos_id}) occurs {eos_count} times in {len(shard)} documents")
     return problems
+
+
+def _table_problems(path: Path, shard: Shard, manifest: Manifest) -> list[str]:
+    try:
+        table = open_documents(path)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if len(table) != len(shard) or (table["tokens"] != shard.sequence_lengths).any():
+        return [f"{path}: other documents or lengths than the index's"]
+    tokens = np.bincount(table["set"], table["tokens"], len(manifest.sets)).astype(np.int64).tolist()
+    if tokens != [counts.tokens for counts in manifest.sets.values()]:
+        return [f"{path}: other tokens per set than the manifest's"]
+    return []

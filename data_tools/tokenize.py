@@ -1,186 +1,197 @@
-"""Command: tokenize SlimPajama-shaped files into one shard.
+"""Command: tokenize SlimPajama-shaped files into one shard, or into parts for `data_tools.subset`.
 
-Each input file becomes a part of its own under ``PREFIX.parts/``, made by a pool of processes; the
-parts are then joined in the order of the files' paths. A part is finished when its marker is there,
-so a run that was killed goes on where it stopped, and the shard's bytes depend on the inputs and
-the tokenizer alone.
+Each input file becomes a part of its own under `PREFIX.parts/`, made by a pool of processes; the parts are then joined
+in the order of the files' paths. A part is finished when its marker is there, so a run that was killed goes on where
+it stopped, and the shard's bytes depend on the inputs and the tokenizer alone. `launch/tokenize.sh` spreads the parts
+over a cluster.
 """
 
 import argparse
-import fcntl
-import hashlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Self
 
-import numpy as np
-
-from data_tools.files import replace_durably, sha256_file, write_durably
-from data_tools.parts import Part, PartJob, TooManyBadLines
+from data_tools.corpus import Inputs, finished_parts, open_parts, part_name, parts_folder
+from data_tools.estimate import estimate
+from data_tools.files import replace_durably, sha256_file, unchanged_since, write_durably
+from data_tools.index import token_dtype
+from data_tools.lock import lock
+from data_tools.merge import merge_parts
+from data_tools.parts import BadInput, Part, PartJob
 from data_tools.pool import make_parts, worker_pool
+from data_tools.progress import BytesProgress
 from data_tools.readers import find_files
-from data_tools.shards import (
-    FORMAT_VERSION,
-    Counts,
-    Manifest,
-    ShardError,
-    ShardPaths,
-    TokenizerRecord,
-    TokenType,
-)
+from data_tools.shards import FORMAT_VERSION, Counts, Manifest, ShardError, ShardPaths, token_type
 from data_tools.tokenizer import Tokenizer
 
-SHOWN_BAD_LINES = 20
+
+@dataclass(frozen=True)
+class Task:
+    """Every `of`-th input file, from number `index` on: one task of a job array."""
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `I/N`; ArgumentTypeError says how it is written."""
+        index, _, of = text.partition("/")
+        if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N − 1, like 0/64")
+        return cls(int(index), int(of))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to tokenize, with what, and where to."""
+
+    files: list[Path]
+    tokenizer: Tokenizer
+    tokenizer_source: str
+    prefix: str
+    bad_dir: Path | None
+
+    @classmethod
+    def of(cls, inputs: list[str], tokenizer_source: str, prefix: str | Path, bad_dir: Path | None = None) -> Self:
+        """Find the files that match the globs, and load the tokenizer; ValueError for either."""
+        tokenizer = Tokenizer.load(tokenizer_source)
+        return cls(find_files(inputs), tokenizer, tokenizer_source, str(prefix), bad_dir)
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts go."""
+        return parts_folder(self.prefix)
+
+    def jobs(self, task: Task) -> list[PartJob]:
+        """One for each input file of the task."""
+        source, sha256 = self.tokenizer_source, self.tokenizer.sha256
+        chosen = self.files[task.index :: task.of]
+        return [PartJob(path, self.folder / part_name(path), source, sha256, self.bad_dir) for path in chosen]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did: the manifest, and the input files tokenized or taken from an earlier run."""
+    """What a run did: the counts of its parts, the input files tokenized or found done, and the shard if it merged."""
 
-    manifest: Manifest
+    total: Counts
+    empty_documents: int
+    bad: dict[str, int]
     tokenized: list[str]
     reused: list[str]
+    manifest: Manifest | None = None
+
+
+WHOLE = Task(0, 1)
 
 
 def tokenize(
     inputs: list[str],
     tokenizer_source: str,
-    prefix: str,
+    prefix: str | Path,
     workers: int,
-    skip_bad: int = 0,
+    bad_dir: Path | None = None,
     overwrite: bool = False,
-) -> Outcome:
-    """Tokenize the files that match the globs into the shard ``prefix``, or find it made already.
+) -> Manifest:
+    """Tokenize the files that match the globs into the shard `prefix`, or find it made already.
 
     Args:
-        inputs: globs of ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` files.
-        tokenizer_source: a SentencePiece model file, or ``mistral``.
+        inputs: globs of `.jsonl`, `.jsonl.gz`, `.jsonl.zst` files.
+        tokenizer_source: a SentencePiece model file, or `mistral`.
         workers: processes that tokenize; the result does not depend on it.
-        skip_bad: how many lines of the whole run may be unusable; they are left out and listed in
-            the manifest.
+        bad_dir: where records that can't be used go, counted in the manifest; None: the first one is an error.
         overwrite: replace a shard that was made of something else.
 
     Raises:
-        ValueError: a glob matches nothing, an unreadable tokenizer (TokenizerError), another shard
-            in the way, no documents (ShardError).
-        TooManyBadLines: more than ``skip_bad``; the parts that are finished stay for the next run.
+        ValueError: a glob matches nothing, an unreadable tokenizer (TokenizerError), an unusable record (BadInput),
+            an input that changes while it is read, another shard in the way, no documents (ShardError).
+        OSError: a disk is full, say; what is finished stays for the next run.
     """
-    files, tokenizer = find_files(inputs), Tokenizer.load(tokenizer_source)
-    paths = ShardPaths.of(prefix)
-    if (manifest := _finished(paths, files, tokenizer, skip_bad, overwrite)) is not None:
-        if _parts_folder(paths).exists():  # killed after the manifest was written
-            with _work_folder(paths) as folder:
-                shutil.rmtree(folder)
-        return Outcome(manifest, [], [])
-    with _work_folder(paths) as folder:
-        merged = ShardPaths.of(folder / "merged")
-        jobs = [
-            PartJob(path, folder / _part_name(path), tokenizer_source, tokenizer.sha256, skip_bad) for path in files
-        ]
-        with worker_pool(min(workers, len(jobs))) as (pool, link):
-            made = make_parts(jobs, pool, link)
-            if not any(part.sets for part, _ in made):
-                raise ShardError(f"{len(files)} files, and no document with text in them")
-            prefixes = [job.prefix for job in jobs]
-            dtype = pool.submit(_merge, prefixes, merged, tokenizer.vocab_size).result()
-        manifest = _manifest([part for part, _ in made], merged, tokenizer, dtype)
-        if merged.bin.stat().st_size != manifest.tokens * np.dtype(dtype).itemsize:
-            raise ShardError(f"{folder}: the parts there are damaged; delete it and run again")
-        _publish(merged, paths, tokenizer, manifest)
-        shutil.rmtree(folder)
+    manifest = make_shard(Plan.of(inputs, tokenizer_source, prefix, bad_dir), workers, overwrite).manifest
+    assert manifest is not None
+    return manifest
+
+
+def make_shard(plan: Plan, workers: int, overwrite: bool = False) -> Outcome:
+    """As :func:`tokenize`; says also what was done."""
+    paths = ShardPaths.of(plan.prefix)
+    if (manifest := _finished(paths, plan, overwrite)) is not None:
+        if plan.folder.exists():  # killed after the manifest was written
+            with lock(plan.folder / "lock"):
+                shutil.rmtree(plan.folder)
+        total = Counts(manifest.documents, manifest.tokens, manifest.text_bytes)
+        return Outcome(total, manifest.empty_documents, manifest.bad, [], [], manifest)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with lock(plan.folder / "lock"):
+        Inputs.of(plan.files, plan.tokenizer).write(plan.folder)
+        outcome = _make_parts(plan, WHOLE, workers)
+        if not outcome.total.documents:
+            raise ShardError(f"{len(plan.files)} files, and no document with text in them")
+        manifest = _merge(plan, paths)
+        shutil.rmtree(plan.folder)
+    return replace(outcome, manifest=manifest)
+
+
+def make_task(plan: Plan, task: Task, workers: int) -> Outcome:
+    """Make a task's parts and no more; other tasks may make theirs at the same time.
+
+    Raises what :func:`tokenize` does, and ShardError where the parts there were begun for other files.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with lock(plan.folder / "lock", shared=True), lock(plan.folder / f"lock.{task.index}-of-{task.of}"):
+        inputs, begun = Inputs.of(plan.files, plan.tokenizer), Inputs.read(plan.folder)
+        if begun is None:
+            inputs.write(plan.folder)
+        elif begun != inputs:
+            raise ShardError(
+                f"{plan.folder}: begun for other files or another tokenizer ({len(begun.files)} files, "
+                f"{begun.tokenizer.name}; now {len(inputs.files)}, {inputs.tokenizer.name}); once the inputs are "
+                f"final, delete {plan.folder / 'inputs.json'} and start all tasks again"
+            )
+        return _make_parts(plan, task, workers)
+
+
+def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
+    write_durably(plan.folder / "tokenizer.model", plan.tokenizer.serialized)
+    jobs = plan.jobs(task)
+    if not jobs:  # fewer files than tasks
+        return Outcome(Counts(), 0, {}, [], [])
+    with worker_pool(min(workers, len(jobs))) as (pool, link):
+        made = make_parts(jobs, pool, link)
+    parts = [part for part, _ in made]
     return Outcome(
-        manifest,
+        reduce(add, (counts for part in parts for counts in part.sets.values()), Counts()),
+        sum(part.empty_documents for part in parts),
+        _sum_by_name(part.bad for part in parts),
         tokenized=[part.source.path for part, found in made if not found],
         reused=[part.source.path for part, found in made if found],
     )
 
 
-def _publish(merged: ShardPaths, paths: ShardPaths, tokenizer: Tokenizer, manifest: Manifest) -> None:
+def _merge(plan: Plan, paths: ShardPaths) -> Manifest:
+    merged, corpus = ShardPaths.of(plan.folder / "merged"), open_parts(plan.prefix)
+    size = sum(piece.tokens for piece in corpus.pieces) * corpus.dtype.itemsize
+    with BytesProgress("merging", size) as progress:
+        hashes = merge_parts(corpus, merged, progress.advance)
+    parts = finished_parts(Inputs.of(plan.files, plan.tokenizer), plan.folder)
+    manifest = _manifest(parts, plan.tokenizer, hashes)
     # The manifest goes first and comes last: at no time does it stand beside files it doesn't mean.
     paths.manifest.unlink(missing_ok=True)
-    replace_durably(merged.bin, paths.bin)
-    replace_durably(merged.idx, paths.idx)
-    write_durably(paths.tokenizer, tokenizer.serialized)
+    for temporary, final in ((merged.bin, paths.bin), (merged.idx, paths.idx), (merged.documents, paths.documents)):
+        replace_durably(temporary, final)
+    write_durably(paths.tokenizer, plan.tokenizer.serialized)
     manifest.write(paths.manifest)
+    return manifest
 
 
-def _finished(
-    paths: ShardPaths, files: list[Path], tokenizer: Tokenizer, skip_bad: int, overwrite: bool
-) -> Manifest | None:
-    """The shard's manifest if it is what would be made; ShardError if another is in the way."""
-    if not paths.manifest.exists():
-        if paths.bin.exists() and not overwrite and not _parts_folder(paths).exists():
-            raise ShardError(f"{paths.bin} is there without a manifest: not made here; --overwrite replaces it")
-        return None
-    try:
-        manifest = Manifest.read(paths.manifest)
-        difference = _difference(manifest, paths, files, tokenizer, skip_bad)
-    except ShardError as error:
-        difference = str(error)
-    if not difference:
-        return manifest
-    if not overwrite:
-        raise ShardError(f"{paths.manifest}: there is a shard that differs: {difference}; --overwrite replaces it")
-    return None
-
-
-def _difference(
-    manifest: Manifest, paths: ShardPaths, files: list[Path], tokenizer: Tokenizer, skip_bad: int
-) -> str | None:
-    if missing := [path for path in (paths.bin, paths.idx, paths.tokenizer) if not path.is_file()]:
-        return f"{missing[0]} is missing"
-    if manifest.tokenizer.sha256 != tokenizer.sha256:
-        return f"made with another tokenizer ({manifest.tokenizer.name}, {manifest.tokenizer.sha256})"
-    if len(manifest.bad_lines) > skip_bad:
-        return f"{len(manifest.bad_lines)} bad lines were skipped, --skip-bad allows {skip_bad}"
-    if len(manifest.sources) != len(files):
-        return f"made from {len(manifest.sources)} files, --input matches {len(files)}"
-    # By content and not by path: a folder that moved is the same corpus.
-    for source, path in zip(manifest.sources, files, strict=True):
-        if source.size != path.stat().st_size or source.sha256 != sha256_file(path):
-            return f"{path} has other content than {source.path} had"
-    return None
-
-
-def _parts_folder(paths: ShardPaths) -> Path:
-    return paths.bin.with_suffix(".parts")
-
-
-def _part_name(path: Path) -> str:
-    # By path, not by position: a file added to the folder must not shift the others' parts.
-    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-
-
-@contextmanager
-def _work_folder(paths: ShardPaths) -> Iterator[Path]:
-    folder = _parts_folder(paths)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(f"{folder}: another run is writing this shard") from error
-        for left_by_killed_run in folder.glob("*.tmp*"):
-            left_by_killed_run.unlink()
-        yield folder
-
-
-def _merge(parts: list[Path], paths: ShardPaths, vocab_size: int) -> TokenType:
-    # Runs in a worker, which has megatron-core loaded already.
-    from data_tools.indexed import merge_shards
-
-    return merge_shards(parts, paths, vocab_size)
-
-
-def _manifest(parts: list[Part], paths: ShardPaths, tokenizer: Tokenizer, dtype: TokenType) -> Manifest:
+def _manifest(parts: list[Part], tokenizer: Tokenizer, hashes: dict[str, str]) -> Manifest:
     sets: dict[str, Counts] = {}
     for part in parts:
         for name, counts in part.sets.items():
@@ -193,53 +204,99 @@ def _manifest(parts: list[Part], paths: ShardPaths, tokenizer: Tokenizer, dtype:
         text_bytes=total.text_bytes,
         sets=dict(sorted(sets.items())),
         empty_documents=sum(part.empty_documents for part in parts),
-        bad_lines=[line for part in parts for line in part.bad_lines],
-        dtype=dtype,
-        tokenizer=TokenizerRecord(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id),
-        bin_sha256=sha256_file(paths.bin),
-        idx_sha256=sha256_file(paths.idx),
+        bad=_sum_by_name(part.bad for part in parts),
+        dtype=token_type(token_dtype(tokenizer.vocab_size)),
+        tokenizer=tokenizer.record,
         sources=[part.source for part in parts],
+        **hashes,
     )
+
+
+def _sum_by_name(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for name, number in one.items():
+            total[name] = total.get(name, 0) + number
+    return dict(sorted(total.items()))
+
+
+def _finished(paths: ShardPaths, plan: Plan, overwrite: bool) -> Manifest | None:
+    """The shard's manifest if it is what would be made; ShardError if another is in the way."""
+    if not paths.manifest.exists():
+        if paths.bin.exists() and not overwrite and not plan.folder.exists():
+            raise ShardError(f"{paths.bin} is there without a manifest: not made here; --overwrite replaces it")
+        return None
+    try:
+        manifest = Manifest.read(paths.manifest)
+        difference = _difference(manifest, paths, plan)
+    except ShardError as error:
+        difference = str(error)
+    if not difference:
+        return manifest
+    if not overwrite:
+        raise ShardError(f"{paths.manifest}: there is a shard that differs: {difference}; --overwrite replaces it")
+    return None
+
+
+def _difference(manifest: Manifest, paths: ShardPaths, plan: Plan) -> str | None:
+    if missing := [path for path in (paths.bin, paths.idx, paths.documents, paths.tokenizer) if not path.is_file()]:
+        return f"{missing[0]} is missing"
+    if manifest.tokenizer.sha256 != plan.tokenizer.sha256:
+        return f"made with another tokenizer ({manifest.tokenizer.name}, {manifest.tokenizer.sha256})"
+    if manifest.bad and plan.bad_dir is None:
+        return f"{_bad_records(manifest.bad)} were left out, which only --bad-dir allows"
+    if len(manifest.sources) != len(plan.files):
+        return f"made from {len(manifest.sources)} files, --input matches {len(plan.files)}"
+    # By content and not by path: a folder that moved is the same corpus.
+    for source, path in zip(manifest.sources, plan.files, strict=True):
+        same = source.path == str(path) and unchanged_since(path, paths.manifest)
+        if source.size != path.stat().st_size or not (same or source.sha256 == sha256_file(path)):
+            return f"{path} has other content than {source.path} had"
+    return None
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_tools.tokenize", description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="globs of .jsonl, .jsonl.gz, .jsonl.zst files")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file, or `mistral`")
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .manifest.json, …",
-    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .manifest.json, …")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument(
-        "--skip-bad",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out up to N bad lines (default 0)",
+        "--bad-dir", type=Path, metavar="DIR", help="set unusable records aside in DIR (default: the first is an error)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and end")
+    parser.add_argument("--parts-only", action="store_true", help="leave the parts unmerged, for data_tools.subset")
+    parser.add_argument("--task", type=Task.parse, metavar="I/N", help="only the parts of files I, I + N, …")
     parser.add_argument("--overwrite", action="store_true", help="replace a shard made of something else")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")
-    if arguments.skip_bad < 0:
-        parser.error(f"--skip-bad {arguments.skip_bad}: must not be negative")
+    if arguments.overwrite and (arguments.task or arguments.parts_only):
+        parser.error("--overwrite is for a finished shard; --task and --parts-only make none")
     return arguments
 
 
-def _report(outcome: Outcome, prefix: str, seconds: float) -> str:
-    manifest = outcome.manifest
-    megabytes = manifest.text_bytes / 1e6
-    size = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {megabytes:,.1f} MB of text"
-    if not outcome.tokenized and not outcome.reused:
-        return f"{prefix}: already complete ({size}); nothing to do"
-    return (
-        f"{prefix}: {size}; {len(outcome.tokenized)} files tokenized, {len(outcome.reused)} taken "
-        f"from an earlier run; left out: {manifest.empty_documents} empty documents, "
-        f"{len(manifest.bad_lines)} bad lines; {seconds:.1f} s"
-    )
+def _bad_records(bad: dict[str, int]) -> str:
+    kinds = ", ".join(f"{number} {kind}" for kind, number in bad.items())
+    return f"{sum(bad.values())} unusable records" + (f" ({kinds})" if kinds else "")
+
+
+def _report(outcome: Outcome, plan: Plan, seconds: float) -> str:
+    total = outcome.total
+    size = f"{total.documents:,} documents, {total.tokens:,} tokens, {total.text_bytes / 1e6:,.1f} MB of text"
+    if outcome.manifest and not (outcome.tokenized or outcome.reused):
+        return f"{plan.prefix}: already complete ({size}); nothing to do"
+    where = plan.prefix if outcome.manifest else plan.folder
+    aside = f" in {plan.bad_dir}" if outcome.bad else ""
+    lines = [
+        f"{where}: {size}; {len(outcome.tokenized)} files tokenized, {len(outcome.reused)} taken from an earlier run; "
+        f"left out: {outcome.empty_documents} empty documents, {_bad_records(outcome.bad)}{aside}; {seconds:.1f} s"
+    ]
+    if not outcome.reused:
+        lines[0] += f", {total.text_bytes / seconds / 1e6:.1f} MB/s, {total.tokens / seconds:,.0f} tokens/s"
+    if not outcome.manifest:
+        lines.append(f"next, when all parts are there: python -m data_tools.subset --input {plan.prefix} …")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,28 +304,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     started = time.perf_counter()
     try:
-        outcome = tokenize(
-            arguments.input,
-            arguments.tokenizer,
-            arguments.output,
-            arguments.workers,
-            arguments.skip_bad,
-            arguments.overwrite,
-        )
-    except TooManyBadLines as error:
-        shown = error.lines[:SHOWN_BAD_LINES]
-        print(*shown, sep="\n", file=sys.stderr)
-        print(
-            f"error: {len(error.lines)} bad lines so far, --skip-bad allows {arguments.skip_bad}; "
-            "finished files are kept, nothing was written to the output",
-            file=sys.stderr,
-        )
+        plan = Plan.of(arguments.input, arguments.tokenizer, arguments.output, arguments.bad_dir)
+        print(*estimate(plan.files, plan.tokenizer, Path(plan.prefix), arguments.workers).lines(), sep="\n", flush=True)
+        if arguments.dry_run:
+            return 0
+        if arguments.task or arguments.parts_only:
+            outcome = make_task(plan, arguments.task or WHOLE, arguments.workers)
+        else:
+            outcome = make_shard(plan, arguments.workers, arguments.overwrite)
+    except BadInput as error:
+        print(f"error: {error}\n--bad-dir DIR sets such records aside and goes on", file=sys.stderr)
         return 1
     except BrokenProcessPool:
-        print(
-            "error: a worker was killed (out of memory?); run again to go on, with fewer --workers",
-            file=sys.stderr,
-        )
+        print("error: a worker was killed (out of memory?); run again to go on, with fewer --workers", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -276,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    print(_report(outcome, arguments.output, time.perf_counter() - started))
+    print(_report(outcome, plan, time.perf_counter() - started))
     return 0
 
 

@@ -11,6 +11,16 @@ from sentencepiece import SentencePieceProcessor
 MISTRAL = "mistral"
 
 
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer made the ids of a shard."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    eos_id: int
+
+
 class TokenizerError(ValueError):
     """The tokenizer file can't be used; the message names it."""
 
@@ -46,6 +56,11 @@ class Tokenizer:
             raise TokenizerError(f"{path}: has no EOS piece, which must end every document; train it with an eos_id")
         name = MISTRAL if str(source) == MISTRAL else path.name
         return cls(name, hashlib.sha256(serialized).hexdigest(), serialized, processor)
+
+    @property
+    def record(self) -> TokenizerRecord:
+        """What shards keep of it."""
+        return TokenizerRecord(self.name, self.sha256, self.vocab_size, self.eos_id)
 
     @property
     def vocab_size(self) -> int:

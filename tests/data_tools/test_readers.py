@@ -1,6 +1,12 @@
 import gzip
 import hashlib
 import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,40 +57,176 @@ def test_a_document_longer_than_a_chunk_and_a_last_line_without_newline(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "kind", "reason"),
     [
-        (b'{"text": "unfinished\n', "broken JSON"),
-        (b'{"meta": {}}\n', "no `text`"),
-        (b'{"text": 7}\n', "`text` is int, not a string"),
-        (b'{"text": null}\n', "`text` is NoneType, not a string"),
-        (b'["text"]\n', "a JSON list"),
-        (b'{"text": "\xff"}\n', "invalid UTF-8 at byte 10"),
-        (b'{"text": "\\ud800"}\n', "broken JSON"),
+        (b'{"text": "unfinished', "broken JSON", "broken JSON at character 20: "),
+        (b'{"text": "\\ud800"}', "broken JSON", "broken JSON at character 10: "),
+        (b'{"text": "a\x00b"}', "broken JSON", "broken JSON at character 11: "),
+        (b'{"text": "a"}\x00', "broken JSON", "broken JSON at character 13: "),
+        (b"\x00" * 9, "broken JSON", "broken JSON at character 0: "),
+        (b'\xef\xbb\xbf{"text": "not at the start"}', "broken JSON", "broken JSON at character 0: "),
+        (b'{"text": "a", "n": NaN}', "broken JSON", "broken JSON at character 19: "),
+        (b'{"text": "a", "n": -Infinity}', "broken JSON", "broken JSON at character 20: "),
+        (b'{"text": "a", "n": 1e999}', "broken JSON", "broken JSON at character 19: "),
+        (b'{"text": "a", "n": %s}' % (b"[" * 1024 + b"]" * 1024), "broken JSON", "broken JSON at character 1043: "),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON", "broken JSON at character 14: "),
+        (b'{"text": "\xff"}', "invalid UTF-8", "invalid UTF-8 at byte 10 of the line"),
+        (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8", "invalid UTF-8 at byte 10 of the line"),
+        (b'["text"]', "not an object", "a JSON list, not an object with a `text`"),
+        (b"null", "not an object", "a JSON NoneType, not an object with a `text`"),
+        (b'{"meta": {}}', "no text", "no `text`"),
+        (b'{"text": 7}', "text not a string", "`text` is int, not a string"),
+        (b'{"text": null}', "text not a string", "`text` is NoneType, not a string"),
+        (b'{"text": "word %s"}' % (b"word " * 40), "line too long", "line too long: more than 200 bytes"),
     ],
 )
-def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, content, reason):
+def test_a_bad_line_is_named_with_its_bytes_and_the_rest_is_read(tmp_path, content, kind, reason):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(line("one") + b"\n" + content + line("four"))
+    path.write_bytes(line("one") + b"\n" + content + b"\n" + line("four"))
 
-    first, bad, last = read_documents(path)
+    first, bad, last = read_documents(path, max_line_bytes=200 if kind == "line too long" else 1 << 20)
 
     assert (first.text, last.text, last.line) == ("one", "four", 4)
     assert isinstance(bad, BadLine)
-    assert str(bad).startswith(f"{path}:3: {reason}")
+    assert (bad.path, bad.line, bad.kind, bad.raw) == (str(path), 3, kind, content)
+    assert str(bad) == f"{path}:3: {bad.reason}"
+    assert bad.reason.startswith(reason)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".jsonl.zst", zstandard.compress), (".jsonl.gz", gzip.compress)])
-def test_a_truncated_archive_gives_its_whole_lines_then_one_bad_line(tmp_path, corpus, records, suffix, pack):
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"text": ""}', ""),
+        (b'{"text": " \\n\\t"}', " \n\t"),
+        (b'{"text": "a\\u0000b"}', "a\0b"),
+        (b'{"text": "</s>\\ud83d\\ude00"}', "</s>😀"),
+        (b'{"text": "first", "text": "last"}', "last"),
+        (b' \t{"text": "spaces around"} \r', "spaces around"),
+        (b'{"text": "huge", "n": 123456789012345678901234567890, "m": 1e-999}', "huge"),
+        (b'{"text": "deep", "n": %s}' % (b"[" * 1000 + b"]" * 1000), "deep"),
+        (b'{"text": "\x7f\xc2\x80\xef\xbb\xbf"}', "\x7f\x80\ufeff"),
+    ],
+)
+def test_unusual_lines_that_are_documents(tmp_path, content, text):
+    path = tmp_path / "unusual.jsonl"
+    path.write_bytes(line("one") + content + b"\n" + line("three"))
+
+    assert texts(path) == ["one", text, "three"]
+
+
+def test_byte_order_mark_crlf_and_blank_lines_are_passed_over(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one\\r\\n"}\r\n\r\n \t\r\n{"text": "four"}\r\n\n')
+
+    assert [(item.text, item.line) for item in read_documents(path)] == [("one\r\n", 1), ("four", 4)]
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert texts(path) == []
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_the_longest_line_and_one_byte_more(tmp_path, end):
+    path = tmp_path / "long.jsonl.zst"
+    longest = line("x" * 300_000).rstrip()
+    path.write_bytes(zstandard.compress(longest + b"\n" + longest + b" \n" + line("three") + longest + b" " + end))
+
+    first, second, third, fourth = read_documents(path, max_line_bytes=len(longest))
+
+    assert (first.text, third.text) == ("x" * 300_000, "three")
+    for bad, number in [(second, 2), (fourth, 4)]:
+        assert (bad.line, bad.kind, bad.raw) == (number, "line too long", longest[:1024])
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_truncated_archive_gives_its_whole_lines_then_one_bad_line(tmp_path, corpus, records, suffix):
     path = tmp_path / f"cut{suffix}"
-    path.write_bytes(pack(corpus.read_bytes())[:-2000])
+    path.write_bytes(PACK[suffix](corpus.read_bytes())[:-2000])
 
     *documents, bad = read_documents(path)
 
     assert [item.text for item in documents] == [r["text"] for r in records[: len(documents)]]
     assert 0 < len(documents) < len(records)
     assert str(bad) == (
-        f"{path}:{len(documents) + 1}: damaged archive: truncated: the file ends inside a compressed frame"
+        f"{path}:{len(documents) + 1}: damaged archive: truncated: the file ends at byte {path.stat().st_size}, "
+        "inside the compressed frame that begins at byte 0"
     )
+    assert corpus.read_bytes().splitlines()[len(documents)].startswith(bad.raw)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_of_a_line_without_end_in_a_truncated_archive_the_beginning_is_kept(tmp_path, suffix):
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(PACK[suffix](line("one") + b"x" * 300_000)[:-1])
+
+    document, bad = read_documents(path, max_line_bytes=2000)
+
+    assert (document.text, bad.kind, bad.raw) == ("one", "damaged archive", b"x" * 1024)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_nothing_of_a_corrupted_frame_or_past_it_comes_out(tmp_path, records, suffix):
+    # The last bytes are the checksum: all that went before has been decompressed when the fault shows.
+    first, second, third = (PACK[suffix](content) for content in (line("a") + b'{"te', b'xt": "b"}\n', line("c")))
+    path = tmp_path / f"corrupt{suffix}"
+    path.write_bytes(first + second[:-5] + bytes([second[-5] ^ 1]) + second[-4:] + third)
+
+    document, bad = read_documents(path)
+
+    assert (document.text, bad.line, bad.kind, bad.raw) == ("a", 2, "damaged archive", b'{"te')
+    assert f"in the frame that begins at byte {len(first)}" in bad.reason
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_a_long_line_takes_little_more_than_its_bytes_the_parsers_copy_and_the_text(tmp_path, suffix):
+    path, size = tmp_path / f"long{suffix}", 100_000_000
+    text = b64encode(random.Random(0).randbytes(size * 3 // 4)).decode()
+    path.write_bytes(PACK.get(suffix, bytes)(line("one") + line(text) + line("three")))
+    measure = """if True:
+        import sys
+        from pathlib import Path
+        from data_tools.readers import read_documents
+        def peak():
+            return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        before = peak()
+        assert sum(len(item.text) for item in read_documents(Path(sys.argv[1]))) == int(sys.argv[2]) + 8
+        print(peak() - before)
+    """
+
+    run = subprocess.run(
+        [sys.executable, "-c", measure, str(path), str(size)], check=True, capture_output=True, text=True
+    )
+
+    assert int(run.stdout) < 3.3 * size
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_small_file_that_expands_without_end_is_one_bad_line(tmp_path, suffix):
+    path, size = tmp_path / f"bomb{suffix}", 1 << 29
+    path.write_bytes(PACK[suffix](bytes(size)))
+    tracemalloc.start()
+
+    try:
+        (bad,) = read_documents(path, max_line_bytes=1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert (bad.kind, bad.raw) == ("line too long", bytes(1001))
+    assert path.stat().st_size < size / 1000
+    assert peak < 200 << 20
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "unreadable.jsonl"
+    path.symlink_to("/proc/self/mem")  # opens, and gives an I/O error
+
+    with pytest.raises(OSError, match="unreadable.jsonl"):
+        list(read_documents(path))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.documents import write_documents
 from data_tools.files import sha256_file
-from data_tools.indexed import ShardWriter, merge_shards, token_dtype
+from data_tools.index import token_dtype, write_index
 from data_tools.shards import (
     FORMAT_VERSION,
     Counts,
@@ -25,9 +26,11 @@ def write_shard(prefix: Path, documents: list[list[int]], vocab_size: int = 600)
     """A shard of any token ids, with a manifest that describes the files truly."""
     paths = ShardPaths.of(prefix)
     dtype = token_dtype(vocab_size)
-    with ShardWriter(paths, dtype) as writer:
+    np.array([token for ids in documents for token in ids], dtype).tofile(paths.bin)
+    write_index(paths.idx, dtype, np.array([len(ids) for ids in documents]))
+    with write_documents(paths.documents) as table:
         for ids in documents:
-            writer.add(ids)
+            table.add(str(ids).encode(), len(ids), "Set", 1)
     paths.tokenizer.write_bytes(b"stands for a tokenizer")
     counts = Counts(len(documents), sum(map(len, documents)), 100)
     manifest = Manifest(
@@ -35,11 +38,12 @@ def write_shard(prefix: Path, documents: list[list[int]], vocab_size: int = 600)
         **dataclasses.asdict(counts),
         sets={"Set": counts},
         empty_documents=0,
-        bad_lines=[],
-        dtype=dtype.__name__,
+        bad={},
+        dtype=dtype.name,
         tokenizer=TokenizerRecord("t", sha256_file(paths.tokenizer), vocab_size, EOS),
         bin_sha256=sha256_file(paths.bin),
         idx_sha256=sha256_file(paths.idx),
+        documents_sha256=sha256_file(paths.documents),
         sources=[],
     )
     manifest.write(paths.manifest)
@@ -59,35 +63,10 @@ def test_the_stored_type_holds_every_id_of_the_vocabulary(tmp_path, vocab_size, 
 
     dataset = open_shard(tmp_path / "a.b")
     assert dataset[0].dtype == dtype
-    assert manifest.dtype == dtype.__name__
+    assert manifest.dtype == np.dtype(dtype).name
     assert [dataset[i].tolist() for i in range(len(dataset))] == documents
     assert (tmp_path / "a.b.bin").stat().st_size == 5 * np.dtype(dtype).itemsize
     assert verify_shard(tmp_path / "a.b") == []
-
-
-def test_merging_keeps_the_given_order_and_passes_over_empty_parts(tmp_path):
-    write_shard(tmp_path / "x", [[7, EOS], [8, 9, EOS]])
-    write_shard(tmp_path / "y", [])
-    write_shard(tmp_path / "z", [[4, EOS]])
-    write_shard(tmp_path / "whole", [[4, EOS], [7, EOS], [8, 9, EOS]])
-    merged = ShardPaths.of(tmp_path / "merged")
-
-    dtype = merge_shards([tmp_path / "z", tmp_path / "y", tmp_path / "x"], merged, 600)
-
-    assert dtype == "uint16"
-    for kind in ("bin", "idx"):
-        whole = tmp_path / f"whole.{kind}"
-        assert getattr(merged, kind).read_bytes() == whole.read_bytes()
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(RuntimeError),
-        ShardWriter(ShardPaths.of(tmp_path / "x"), np.uint16) as writer,
-    ):
-        writer.add([1, EOS])
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_manifest_survives_writing_and_reading(tmp_path):
@@ -106,7 +85,7 @@ def test_a_manifest_that_can_not_be_read_is_named_with_its_key(tmp_path):
     with pytest.raises(ShardError, match=r"x.manifest.json: tokens: .*integer"):
         Manifest.read(path)
     edit_manifest(tmp_path / "x", tokens=2, format_version=99)
-    with pytest.raises(ShardError, match=r"format_version 99, this code reads 1"):
+    with pytest.raises(ShardError, match=r"format_version 99, this code reads 2"):
         Manifest.read(path)
     path.write_text("{")
     with pytest.raises(ShardError, match=r"x.manifest.json: the file: Invalid JSON"):
@@ -130,7 +109,7 @@ def test_opening_names_a_missing_cut_or_foreign_file(tmp_path):
         open_shard(prefix)
 
 
-@pytest.mark.parametrize("kind", ["bin", "idx", "tokenizer.model"])
+@pytest.mark.parametrize("kind", ["bin", "idx", "documents.npy", "tokenizer.model"])
 def test_verify_finds_a_flipped_byte(tmp_path, kind):
     write_shard(tmp_path / "x", [[5, 6, EOS], [7, EOS]])
     path = tmp_path / f"x.{kind}"
@@ -173,3 +152,12 @@ def test_verify_finds_wrong_counts(tmp_path, changes, problem):
     edit_manifest(tmp_path / "x", **changes)
 
     assert verify_shard(tmp_path / "x") == [f"{tmp_path}/{problem}"]
+
+
+def test_verify_finds_a_document_table_of_other_documents(tmp_path):
+    write_shard(tmp_path / "x", [[5, EOS], [7, EOS]])
+    write_shard(tmp_path / "y", [[5, 6, EOS], [EOS]])
+    (tmp_path / "x.documents.npy").write_bytes((tmp_path / "y.documents.npy").read_bytes())
+    edit_manifest(tmp_path / "x", documents_sha256=sha256_file(tmp_path / "x.documents.npy"))
+
+    assert verify_shard(tmp_path / "x") == [f"{tmp_path}/x.documents.npy: other documents or lengths than the index's"]

@@ -1,4 +1,5 @@
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -9,23 +10,25 @@ import pytest
 import zstandard
 
 import data_tools.tokenize
-from data_tools.parts import TooManyBadLines
+from data_tools.corpus import open_corpus
+from data_tools.documents import open_documents, text_hash
+from data_tools.parts import BadInput
 from data_tools.readers import read_documents
-from data_tools.shards import Counts, Manifest, ShardError, ShardPaths, open_shard, verify_shard
-from data_tools.tokenize import main, tokenize
+from data_tools.shards import Counts, Manifest, ShardError, open_shard, verify_shard
+from data_tools.tokenize import Plan, Task, main, make_shard, make_task, tokenize
 from data_tools.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-ENDS = ("bin", "idx", "manifest.json", "tokenizer.model")
+ENDS = ("bin", "idx", "documents.npy", "manifest.json", "tokenizer.model")
 
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_file: Path) -> Callable:
     """Tokenizes ``input/*`` into the prefix ``tmp_path/NAME``."""
 
-    def run(name: str = "out", workers: int = 1, **options: object):
-        source, prefix = f"{tmp_path}/input/*", f"{tmp_path}/{name}"
-        return tokenize([source], str(tokenizer_file), prefix, workers, **options)
+    def run(name: str = "out", workers: int = 1, bad_dir: Path | None = None, overwrite: bool = False):
+        plan = Plan.of([f"{tmp_path}/input/*"], str(tokenizer_file), f"{tmp_path}/{name}", bad_dir)
+        return make_shard(plan, workers, overwrite)
 
     return run
 
@@ -124,7 +127,7 @@ def test_lost_and_broken_markers_and_changed_inputs_are_redone(tmp_path, run, in
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_tools.tokenize, "_publish", die)
+        patch.setattr(data_tools.tokenize, "_merge", die)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert not (tmp_path / "out.bin").exists()
@@ -150,7 +153,7 @@ def test_parts_of_another_tokenizer_are_redone(tmp_path, run, input_folder, corp
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer([corpus], vocab_size=500))
     with monkeypatch.context() as patch:
-        patch.setattr(data_tools.tokenize, "_publish", lambda *_: 1 / 0)
+        patch.setattr(data_tools.tokenize, "_merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tokenize([f"{folder}/*"], str(other), f"{tmp_path}/out", workers=1)
 
@@ -194,39 +197,46 @@ def test_a_foreign_shard_is_not_overwritten(tmp_path, run, input_folder):
 
 def test_a_second_run_beside_the_first_is_refused(tmp_path, run, input_folder):
     input_folder()
+    (tmp_path / "out.parts").mkdir()
+    hold = "import sys; from data_tools.lock import lock; from pathlib import Path\n"
+    hold += "with lock(Path(sys.argv[1])): print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, f"{tmp_path}/out.parts/lock"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
 
-    with (
-        data_tools.tokenize._work_folder(ShardPaths.of(tmp_path / "out")),
-        pytest.raises(ShardError, match=r"out.parts: another run is writing this shard"),
-    ):
-        run()
+        with pytest.raises(ShardError, match=r"out.parts: another run is writing there"):
+            run()
+
+        other.communicate("\n")
+    assert run().manifest.documents == 12
 
 
-def test_bad_lines_are_counted_over_all_files(tmp_path, run, input_folder):
-    folder = input_folder()
+def damage(folder: Path) -> int:
+    """Two bad lines and a truncated archive of 4; returns the whole documents left in the archive."""
     append_line(folder / "0.jsonl.zst", '{"text": ')
     append_line(folder / "2.jsonl.zst", '{"meta": {}}')
     whole = (folder / "3.jsonl.zst").read_bytes()
     (folder / "3.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    return len(list(read_documents(folder / "3.jsonl.zst"))) - 1
 
-    with pytest.raises(TooManyBadLines) as caught:
-        run(skip_bad=2)
-    assert len(caught.value.lines) == 3
+
+def test_unusable_records_are_counted_by_kind_and_set_aside(tmp_path, run, input_folder):
+    kept = damage(input_folder())
+
+    with pytest.raises(BadInput, match=r"input/\d.jsonl.zst:\d+: (broken JSON|no `text`|damaged archive)"):
+        run()
     assert not (tmp_path / "out.manifest.json").exists()
 
-    manifest = run(skip_bad=3).manifest
+    manifest = run(bad_dir=tmp_path / "bad").manifest
 
-    kept = len(list(read_documents(folder / "3.jsonl.zst"))) - 1
     assert manifest.documents == 9 + kept
-    first, second, third = manifest.bad_lines
-    assert first.startswith(f"{folder}/0.jsonl.zst:4: broken JSON")
-    assert second == f"{folder}/2.jsonl.zst:4: no `text`"
-    assert third.startswith(f"{folder}/3.jsonl.zst:{kept + 1}: damaged archive: truncated")
-    with pytest.raises(ShardError, match=r"3 bad lines were skipped, --skip-bad allows 2"):
-        run(skip_bad=2)
+    assert manifest.bad == {"broken JSON": 1, "damaged archive": 1, "no text": 1}
+    assert len(list((tmp_path / "bad").glob("*.bad.jsonl.zst"))) == 3
+    with pytest.raises(ShardError, match=r"3 unusable records \(1 broken JSON, .*\) were left out, .* --bad-dir"):
+        run()
 
 
-def test_the_command_names_bad_lines_and_fails(tmp_path, input_folder, tokenizer_file, capsys):
+def test_the_command_names_bad_records_and_fails(tmp_path, input_folder, tokenizer_file, capsys):
     folder = input_folder()
     append_line(folder / "1.jsonl.zst", "no JSON")
     arguments = ["--input", f"{folder}/*.jsonl.zst", "--tokenizer", str(tokenizer_file)]
@@ -235,13 +245,96 @@ def test_the_command_names_bad_lines_and_fails(tmp_path, input_folder, tokenizer
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert f"{folder}/1.jsonl.zst:4: broken JSON" in error
-    assert "1 bad lines so far, --skip-bad allows 0" in error
+    assert "--bad-dir DIR sets such records aside" in error
     assert not (tmp_path / "out.bin").exists()
 
-    assert main([*arguments, "--skip-bad", "1"]) == 0
-    assert "12 documents" in capsys.readouterr().out
-    assert main([*arguments, "--skip-bad", "1"]) == 0
+    arguments += ["--bad-dir", f"{tmp_path}/bad"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "12 documents" in said
+    assert f"1 unusable records (1 broken JSON) in {tmp_path}/bad" in said
+    assert main(arguments) == 0
     assert "already complete" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, input_folder, tokenizer_file, capsys):
+    folder = input_folder()
+    arguments = ["--input", f"{folder}/*", "--tokenizer", str(tokenizer_file), "--output", f"{tmp_path}/out"]
+
+    assert main([*arguments, "--dry-run"]) == 0
+
+    assert "4 files" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["input"]
+
+
+def test_tasks_make_what_one_run_makes(tmp_path, run, input_folder, tokenizer_file):
+    folder = input_folder()
+    plan = Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out")
+    with pytest.raises(ShardError, match=r"neither .*out.manifest.json nor .*out.parts/inputs.json is there"):
+        open_corpus(plan.prefix)
+
+    first = make_task(plan, Task(1, 3), workers=1)
+    assert names(first.tokenized) == ["1.jsonl.zst"]
+    with pytest.raises(ShardError, match=r"3 of 4 parts are not finished \(.*0.jsonl.zst, "):
+        open_corpus(plan.prefix)
+    assert names(make_task(plan, Task(0, 3), workers=2).tokenized) == ["0.jsonl.zst", "3.jsonl.zst"]
+    assert names(make_task(plan, Task(2, 3), workers=1).tokenized) == ["2.jsonl.zst"]
+    assert make_task(plan, Task(2, 3), workers=1).tokenized == []
+    assert make_task(plan, Task(9, 10), workers=1).total.documents == 0
+    assert [Path(piece.source).name for piece in open_corpus(plan.prefix).pieces] == names(map(str, plan.files))
+
+    merged = make_shard(plan, workers=1)
+
+    assert (merged.tokenized, len(merged.reused)) == ([], 4)
+    run("whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert open_corpus(plan.prefix).pieces[0].document_count == 12
+
+
+def test_tasks_that_see_other_files_are_refused(tmp_path, input_folder, tokenizer_file):
+    folder = input_folder()
+    make_task(Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out"), Task(0, 2), workers=1)
+    (folder / "3.jsonl.zst").unlink()
+
+    with pytest.raises(ShardError, match=r"begun for other files .*\(4 files, .*; now 3, .*inputs.json"):
+        make_task(Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out"), Task(1, 2), workers=1)
+
+
+def test_the_document_table_says_what_each_document_is(tmp_path, run, input_folder, records, tokenizer):
+    input_folder()
+    manifest = run().manifest
+
+    table = open_documents(tmp_path / "out.documents.npy")
+
+    names = [list(manifest.sets)[number] for number in table["set"]]
+    assert names == [record["meta"]["redpajama_set_name"] for record in records]
+    for row, record in zip(table, records, strict=True):
+        assert (int(row["hash_high"]), int(row["hash_low"])) == text_hash(record["text"].encode())
+        assert row["tokens"] == len(tokenizer.encode(record["text"])) + 1
+    assert table["line"].tolist() == [1, 2, 3] * 4
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path, run, input_folder, tokenizer_file):
+    folder = input_folder(files=2, repeat=4)
+    command = [sys.executable, "-m", "data_tools.tokenize", "--input", f"{folder}/*", "--workers", "1"]
+    command += ["--tokenizer", str(tokenizer_file), "--output", f"{tmp_path}/out"]
+    # A limit on a file's size fails a write as a full disk does, without one; the second file's tokens exceed it.
+    limit = (400_000, 400_000)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+
+    assert done.returncode == 1
+    assert "File too large: '" in done.stderr and f"{tmp_path}/out.parts/" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out.parts").glob("*.tmp*"))
+    run()
+    run("afresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "afresh")
 
 
 def test_the_command_names_wrong_arguments(tmp_path, corpus, tokenizer_file, capsys):
