@@ -26,12 +26,18 @@ DOCUMENT = np.dtype(
     ]
 )
 ROWS_HELD = 4096
+CHARACTERS_HELD = 1 << 20
 
 
-def text_hash(utf8: bytes) -> tuple[int, int]:
-    """`hash_high` and `hash_low` of a text."""
-    high, low = struct.unpack_from(">QQ", hashlib.sha256(utf8).digest())
-    return high, low
+def text_hash(text: str) -> tuple[int, int, int]:
+    """`hash_high`, `hash_low` and `text_bytes` of a text; a long one is not held as UTF-8, too."""
+    digest, size = hashlib.sha256(), 0
+    for start in range(0, len(text), CHARACTERS_HELD):
+        utf8 = text[start : start + CHARACTERS_HELD].encode()
+        digest.update(utf8)
+        size += len(utf8)
+    high, low = struct.unpack_from(">QQ", digest.digest())
+    return high, low, size
 
 
 def open_documents(path: Path) -> np.ndarray:
@@ -61,12 +67,14 @@ class DocumentWriter:
         write_header(stream, 0)
         self._start = stream.tell()
 
-    def add(self, utf8: bytes, tokens: int, set_name: str, line: int) -> None:
-        """Append a document of `tokens` tokens (EOS included) with the text `utf8`."""
+    def add(self, text: str, tokens: int, set_name: str, line: int) -> int:
+        """Append a document of `tokens` tokens (EOS included); returns its bytes of text."""
         number = self._sets.setdefault(set_name, len(self._sets))
-        self._held.append((*text_hash(utf8), tokens, len(utf8), number, line))
+        high, low, text_bytes = text_hash(text)
+        self._held.append((high, low, tokens, text_bytes, number, line))
         if len(self._held) == ROWS_HELD:
             self._flush()
+        return text_bytes
 
     def _flush(self) -> None:
         self._stream.write(np.array(self._held, DOCUMENT).tobytes())

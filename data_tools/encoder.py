@@ -8,9 +8,9 @@ encoded by SentencePiece as they are; the tests compare every id.
 """
 
 import re
-from array import array
 from collections.abc import Iterator
 
+import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # generated
 
 from data_tools.index import token_dtype
@@ -21,6 +21,7 @@ ANCHOR = "\n"
 WORDS_HELD = 1 << 19  # some 100 MB
 LONGEST_HELD = 48  # characters: longer ones seldom come again
 SLICE = 1 << 20  # characters looked at together, so that a long document takes no more memory than its text
+LEARNED_AT_ONCE = 1 << 12  # units
 
 
 class Encoder:
@@ -29,11 +30,11 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._encode = tokenizer.processor.encode
-        self._typecode = "H" if self.dtype.itemsize == 2 else "i"
         self.eos = self._packed([tokenizer.eos_id])
         self._units = _unit_pattern(tokenizer.serialized)
-        self._known = _Words(self)
-        self._anchor_ids = len(self._encode(ANCHOR))
+        # SentencePiece puts a space before a text, which is then a token of its own.
+        self._anchor_id = self._encode(ANCHOR)[-1]
+        self._known = {ANCHOR: self._packed([self._anchor_id])}
 
     @property
     def exact_cuts(self) -> bool:
@@ -46,51 +47,48 @@ class Encoder:
         Where more than `SLICE` characters come without a place to cut (no space, no newline), they are cut all the
         same, and the ids at such a cut may differ from the whole's.
         """
-        if self._units is None:
-            return self._packed(self._encode(text))
-        if len(text) >= SLICE:
-            return b"".join(self.slices(text))
-        # SentencePiece puts a space before a text, too.
-        return b"".join(map(self._known.__getitem__, self._units.findall(" " + text))) if text else b""
+        return b"".join(self.slices(text))
 
     def slices(self, text: str) -> Iterator[bytes]:
         """The parts of `encode(text)`, for texts too long to hold their ids as well."""
         if self._units is None:
             yield self._packed(self._encode(text))
             return
-        lookup, findall = self._known.__getitem__, self._units.findall
         rest, position = " " if text else "", 0
         while position < len(text):
-            units = findall(rest + text[position : position + SLICE])
+            units = self._units.findall(rest + text[position : position + SLICE])
             position += SLICE
             # The last may go on in the next slice, unless it is too long to wait for its end.
             rest = units.pop() if position < len(text) and len(units[-1]) < SLICE else ""
-            yield b"".join(map(lookup, units))
+            yield self._joined(units)
         if rest:
-            yield lookup(rest)
+            yield self._joined([rest])
 
-    def unit(self, unit: str) -> bytes:
-        """Ids of what lies between two cuts, with the spaces before it."""
-        # Behind the anchor, which merges with nothing, as a text's first character gets a space before it.
-        return self._packed(self._encode(ANCHOR + unit)[self._anchor_ids :])
+    def _joined(self, units: list[str]) -> bytes:
+        unknown = set(units).difference(self._known)
+        if len(self._known) + len(unknown) > WORDS_HELD:
+            # What comes next is more like what came last.
+            self._known = {ANCHOR: self._known[ANCHOR]}
+            unknown = set(units) - {ANCHOR}
+        learned = sorted(unknown)
+        for start in range(0, len(learned), LEARNED_AT_ONCE):
+            self._learn(learned[start : start + LEARNED_AT_ONCE])
+        ids = b"".join(map(self._known.__getitem__, units))
+        for unit in learned:
+            if len(unit) > LONGEST_HELD:
+                del self._known[unit]
+        return ids
+
+    def _learn(self, units: list[str]) -> None:
+        """Encode units in one call, between anchors: these merge with nothing, and no unit holds one."""
+        ids = np.array(self._encode(ANCHOR + ANCHOR.join(units)), self.dtype)
+        size, content = self.dtype.itemsize, ids.tobytes()
+        starts = np.flatnonzero(ids == self._anchor_id).tolist()
+        for unit, start, end in zip(units, starts, [*starts[1:], len(ids)], strict=True):
+            self._known[unit] = content[(start + 1) * size : end * size]
 
     def _packed(self, ids: list[int]) -> bytes:
-        return array(self._typecode, ids).tobytes()
-
-
-class _Words(dict[str, bytes]):
-    """Units seen before; emptied when full, since what comes next is more like what came last."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._unit = encoder.unit
-
-    def __missing__(self, unit: str) -> bytes:
-        ids = self._unit(unit)
-        if len(unit) <= LONGEST_HELD:
-            if len(self) >= WORDS_HELD:
-                self.clear()
-            self[unit] = ids
-        return ids
+        return np.array(ids, self.dtype).tobytes()
 
 
 def _unit_pattern(serialized: bytes) -> re.Pattern[str] | None:

@@ -151,9 +151,8 @@ def _write_part(job: PartJob, paths: PartPaths, advance: Callable[[int], None]) 
 def _write_document(item: Document, encoder: Encoder, stream: BinaryIO, table: DocumentWriter) -> tuple[int, int]:
     """Append a document; returns its tokens, EOS included, and its bytes of text."""
     written = sum(stream.write(ids) for ids in encoder.slices(item.text)) + stream.write(encoder.eos)
-    tokens, utf8 = written // encoder.dtype.itemsize, item.text.encode()
-    table.add(utf8, tokens, item.set_name, item.line)
-    return tokens, len(utf8)
+    tokens = written // encoder.dtype.itemsize
+    return tokens, table.add(item.text, tokens, item.set_name, item.line)
 
 
 class _Source:

@@ -21,6 +21,7 @@ from data_tools.tokenizer import TokenizerRecord
 
 FORMAT_VERSION = 2
 VERIFY_TOKENS = 1 << 24
+ROWS = 1 << 20  # documents looked at together
 TokenType = Literal["uint16", "int32"]
 
 
@@ -145,6 +146,12 @@ class Shard:
         start = int(self._starts[document]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[document])]
 
+    def ends_without(self, eos_id: int, first: int, end: int) -> list[int]:
+        """Those of the documents `first` … `end` − 1 whose last token is another."""
+        lengths = self.sequence_lengths[first:end]
+        last = self._starts[first:end] // self.dtype.itemsize + lengths - 1
+        return (np.flatnonzero(self.tokens[last] != eos_id) + first).tolist()
+
 
 def open_shard(prefix: str | Path) -> Shard:
     """Open a finished shard.
@@ -221,12 +228,11 @@ def token_problems(shard: Shard, tokenizer: TokenizerRecord) -> list[str]:
         chunk = tokens[start : start + VERIFY_TOKENS].astype(np.int32)
         outside += int(((chunk < 0) | (chunk >= tokenizer.vocab_size)).sum())
         eos_count += int((chunk == eos_id).sum())
-    ends = np.cumsum(shard.sequence_lengths, dtype=np.int64) - 1
-    unended = np.flatnonzero(tokens[ends] != eos_id)
+    unended = [i for first in range(0, len(shard), ROWS) for i in shard.ends_without(eos_id, first, first + ROWS)]
     problems = []
     if outside:
         problems.append(f"{outside} token ids are outside the vocabulary of {tokenizer.vocab_size}")
-    if len(unended):
+    if unended:
         problems.append(f"{len(unended)} documents do not end with EOS ({eos_id}), the first is {unended[0]}")
     if eos_count != len(shard):
         problems.append(f"EOS ({eos_id}) occurs {eos_count} times in {len(shard)} documents")
@@ -238,9 +244,12 @@ def _table_problems(path: Path, shard: Shard, manifest: Manifest) -> list[str]:
         table = open_documents(path)
     except (ValueError, OSError) as error:
         return [str(error)]
-    if len(table) != len(shard) or (table["tokens"] != shard.sequence_lengths).any():
-        return [f"{path}: other documents or lengths than the index's"]
-    tokens = np.bincount(table["set"], table["tokens"], len(manifest.sets)).astype(np.int64).tolist()
-    if tokens != [counts.tokens for counts in manifest.sets.values()]:
+    tokens = np.zeros(len(manifest.sets))  # sums are exact: below 2^53
+    for first in range(0, max(len(table), len(shard)), ROWS):
+        rows, lengths = table[first : first + ROWS], shard.sequence_lengths[first : first + ROWS]
+        if not np.array_equal(rows["tokens"], lengths) or rows["set"].max() >= len(tokens):
+            return [f"{path}: other documents or lengths than the index's"]
+        tokens += np.bincount(rows["set"], rows["tokens"], len(tokens))
+    if tokens.tolist() != [counts.tokens for counts in manifest.sets.values()]:
         return [f"{path}: other tokens per set than the manifest's"]
     return []

@@ -13,7 +13,7 @@ def test_rows_come_back_with_sets_numbered_by_name(tmp_path, monkeypatch, count)
 
     with write_documents(tmp_path / "x.documents.npy") as table:
         for i in range(count):
-            table.add(b"text" * i, i + 1, names[i % 3], 2 * i + 1)
+            table.add("text" * i, i + 1, names[i % 3], 2 * i + 1)
 
     table = open_documents(tmp_path / "x.documents.npy")
     assert table.dtype == DOCUMENT
@@ -25,15 +25,17 @@ def test_rows_come_back_with_sets_numbered_by_name(tmp_path, monkeypatch, count)
     assert [path.name for path in tmp_path.iterdir()] == ["x.documents.npy"]
 
 
-def test_the_hash_is_the_start_of_sha256(tmp_path):
-    digest = hashlib.sha256("é".encode()).hexdigest()
-
-    assert "".join(f"{number:016x}" for number in text_hash("é".encode())) == digest[:32]
+def test_the_hash_is_the_start_of_sha256_however_long_the_text(monkeypatch):
+    monkeypatch.setattr("data_tools.documents.CHARACTERS_HELD", 3)
+    for text in ("", "é", "abcdéfgh漢"):
+        high, low, size = text_hash(text)
+        assert f"{high:016x}{low:016x}" == hashlib.sha256(text.encode()).hexdigest()[:32]
+        assert size == len(text.encode())
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), write_documents(tmp_path / "x.npy") as table:
-        table.add(b"text", 1, "Book", 1)
+        table.add("text", 1, "Book", 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 

@@ -322,8 +322,8 @@ def test_a_part_holds_and_counts_what_was_planted_and_its_quarantine_the_rest(
         assert set_aside.exists() == bool(bad), f"seed {seed}"
         assert without_reasons(list(read_quarantine(set_aside)) if bad else []) == bad, f"seed {seed}"
         table = open_documents(PartPaths.of(prefix).documents)
-        assert [(int(row["hash_high"]), int(row["hash_low"]), row["line"]) for row in table] == [
-            (*text_hash(item.text.encode()), item.line) for item in documents
+        assert [tuple(row[["hash_high", "hash_low", "text_bytes", "line"]].item()) for row in table] == [
+            (*text_hash(item.text), item.line) for item in documents
         ], f"seed {seed}"
         tokens = np.fromfile(PartPaths.of(prefix).bin, np.uint16)
         ids = [id for item in documents for id in (*tokenizer.encode(item.text), tokenizer.eos_id)]

@@ -30,7 +30,7 @@ def write_shard(prefix: Path, documents: list[list[int]], vocab_size: int = 600)
     write_index(paths.idx, dtype, np.array([len(ids) for ids in documents]))
     with write_documents(paths.documents) as table:
         for ids in documents:
-            table.add(str(ids).encode(), len(ids), "Set", 1)
+            table.add(str(ids), len(ids), "Set", 1)
     paths.tokenizer.write_bytes(b"stands for a tokenizer")
     counts = Counts(len(documents), sum(map(len, documents)), 100)
     manifest = Manifest(
