@@ -48,9 +48,7 @@ class FilesProgress(BytesProgress):
         """One file is done, after so many bytes were read from the disk."""
         with self._lock:
             self._finished += 1
-            self._what = f"{self._verb}, {self._finished} of {self._files} files"
-            if self._bar:
-                self._bar.update(self._bar.task_ids[0], description=self._what)
+            self.describe(f"{self._verb}, {self._finished} of {self._files} files")
             self.advance(read)
 
 

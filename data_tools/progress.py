@@ -31,6 +31,12 @@ class BytesProgress:
             self._logged = now
             print(self._line(now - self._started), file=sys.stderr, flush=True)
 
+    def describe(self, what: str) -> None:
+        """What is shown from now on."""
+        self._what = what
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=what)
+
     def _line(self, seconds: float) -> str:
         rate = self._done / seconds
         left = (self._total - self._done) / rate if rate > 0 else float("inf")

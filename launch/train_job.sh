@@ -23,6 +23,9 @@
 
 attempt=${SLURM_RESTART_COUNT:-0}
 stop=0 terminated=0 interrupted=0 training=0 step='' logs=''
+# An array's last task has the array's own number, and a requeue of that is one of all its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 say() { echo "[$(date +%FT%T)] $SLURM_JOB_ID.$attempt: $*"; }
 
@@ -94,7 +97,7 @@ requeue() { # why, [nodes to exclude]
     [[ -z ${2:-} ]] || avoided=$(avoiding "$2") || say "not excluding $2: the partition has too few others"
     say "requeue: $1"
     trap '' USR1 TERM
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! scontrol requeue "$job"; then
         say "scontrol requeue failed: submit again to continue"
         exit 1
     fi
