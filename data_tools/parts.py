@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_tools.documents import DocumentWriter, write_documents
 from data_tools.encoder import Encoder
-from data_tools.files import new_file, sha256_file, unchanged_since, write_durably
+from data_tools.files import new_file, sha256_file, write_durably
 from data_tools.quarantine import Quarantine, quarantine_path
 from data_tools.readers import BadLine, Document, read_documents
 from data_tools.shards import FORMAT_VERSION, Counts, SourceFile
@@ -55,6 +55,7 @@ class Part:
 
     format_version: int
     source: SourceFile
+    source_state: tuple[int, int, int]  # inode, times of the last change to content and to anything: no copy has these
     tokenizer_sha256: str
     sets: dict[str, Counts]  # by name, sorted: the document table's numbers
     empty_documents: int
@@ -114,7 +115,7 @@ def _finished_part(job: PartJob, advance: Callable[[int], None]) -> Part | None:
         return None  # made by a run that was told to set them aside; this one is to stop at them
     if part.bad and job.bad_dir and not quarantine_path(job.bad_dir, job.prefix.name).is_file():
         return None  # set aside in another folder
-    if part.source.path == str(job.source) and unchanged_since(job.source, PartPaths.of(job.prefix).marker):
+    if part.source.path == str(job.source) and part.source_state == _state(job.source.stat()):
         advance(size)
     elif part.source.sha256 != sha256_file(job.source, advance):
         advance(-size)  # it will be read again
@@ -145,7 +146,12 @@ def _write_part(job: PartJob, paths: PartPaths, advance: Callable[[int], None]) 
         source.check_unchanged(before)
     made_of = SourceFile(str(job.source), source.size, source.digest.hexdigest())
     sets, bad = dict(sorted(counts.sets.items())), dict(sorted(counts.bad.items()))
-    return Part(FORMAT_VERSION, made_of, job.tokenizer_sha256, sets, counts.empty_documents, bad)
+    state = _state(before)
+    return Part(FORMAT_VERSION, made_of, state, job.tokenizer_sha256, sets, counts.empty_documents, bad)
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _write_document(item: Document, encoder: Encoder, stream: BinaryIO, table: DocumentWriter) -> tuple[int, int]:
@@ -168,9 +174,7 @@ class _Source:
         self._advance(len(chunk))
 
     def check_unchanged(self, before: os.stat_result) -> None:
-        now = self.path.stat()
-        seen = (before.st_ino, before.st_size, before.st_mtime_ns)
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != seen or self.size != now.st_size:
+        if _state(self.path.stat()) != _state(before) or self.size != before.st_size:
             raise ValueError(f"{self.path}: changed while it was read; run again when nothing writes to it")
 
 

@@ -70,11 +70,16 @@ class Plan:
         """Where the parts go."""
         return parts_folder(self.prefix)
 
+    def files_of(self, task: Task) -> list[Path]:
+        """The input files of a task."""
+        return self.files[task.index :: task.of]
+
     def jobs(self, task: Task) -> list[PartJob]:
         """One for each input file of the task."""
         source, sha256 = self.tokenizer_source, self.tokenizer.sha256
-        chosen = self.files[task.index :: task.of]
-        return [PartJob(path, self.folder / part_name(path), source, sha256, self.bad_dir) for path in chosen]
+        return [
+            PartJob(path, self.folder / part_name(path), source, sha256, self.bad_dir) for path in self.files_of(task)
+        ]
 
 
 @dataclass(frozen=True)
@@ -305,11 +310,13 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         plan = Plan.of(arguments.input, arguments.tokenizer, arguments.output, arguments.bad_dir)
-        print(*estimate(plan.files, plan.tokenizer, Path(plan.prefix), arguments.workers).lines(), sep="\n", flush=True)
+        task = arguments.task or WHOLE
+        if files := plan.files_of(task):
+            print(*estimate(files, plan.tokenizer, Path(plan.prefix), arguments.workers).lines(), sep="\n", flush=True)
         if arguments.dry_run:
             return 0
         if arguments.task or arguments.parts_only:
-            outcome = make_task(plan, arguments.task or WHOLE, arguments.workers)
+            outcome = make_task(plan, task, arguments.workers)
         else:
             outcome = make_shard(plan, arguments.workers, arguments.overwrite)
     except BadInput as error:
