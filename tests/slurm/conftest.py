@@ -92,7 +92,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for r in everything if isinstance(r, pytest.TestReport) and r.nodeid.startswith("tests/slurm/")]
     ended = [report for report in reports if report.when == "call" and not report.skipped]
     if ended:
-        terminalreporter.section("jobs on a real Slurm: every loss is the undisturbed run's, to the last bit")
+        terminalreporter.section("jobs on a real Slurm: every result is the undisturbed run's, to the last bit")
     for report in ended:
         seconds = sum(other.duration for other in reports if other.nodeid == report.nodeid)
         name = report.nodeid.rpartition("::test_")[2].replace("_", " ")
@@ -169,17 +169,21 @@ class Machine:
             self._power.kill()
             self._power.wait()
 
-    def workers(self) -> list[int]:
-        """Process ids, as this machine knows them, of the training processes on that one."""
+    def running(self, command: bytes, environment: bytes) -> list[int]:
+        """Ids, as this machine knows them, of that one's processes with these words in command and environment."""
         found = []
         for pid in processes_in(self.namespace):
             try:
-                command, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+                its_command, its_environment = (Path(f"/proc/{pid}/{n}").read_bytes() for n in ("cmdline", "environ"))
             except OSError:
                 continue  # gone since
-            if b"pretrain.train" in command and b"LOCAL_RANK=" in environment:
+            if command in its_command and environment in its_environment:
                 found.append(pid)
         return found
+
+    def workers(self) -> list[int]:
+        """The training processes."""
+        return self.running(b"pretrain.train", b"LOCAL_RANK=")
 
 
 def processes_in(namespace: str) -> list[int]:
@@ -287,17 +291,20 @@ class SlurmCluster:
         finally:
             hosts.write_text(self.hosts())
 
+    def running(self, command: bytes, environment: bytes) -> list[int]:
+        return [pid for node in self.nodes.values() for pid in node.running(command, environment)]
+
     @contextmanager
-    def frozen_workers(self) -> Iterator[None]:
-        """All training processes stand still, as on a file system that hangs."""
-        workers = [pid for node in self.nodes.values() for pid in node.workers()]
-        assert workers, "no training process"
-        for pid in workers:
+    def frozen(self, command: bytes, environment: bytes) -> Iterator[None]:
+        """All such processes stand still, as on a file system that hangs."""
+        processes = self.running(command, environment)
+        assert processes, f"no process of {command!r}"
+        for pid in processes:
             os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            for pid in workers:
+            for pid in processes:
                 os.kill(pid, signal.SIGCONT)
 
     def node_state(self, name: str) -> str:
@@ -373,13 +380,16 @@ class Job:
     def cancel(self) -> None:
         self.cluster.slurm("scancel", self.id)
 
-    def reach_time_limit(self) -> None:
+    def reach_time_limit(
+        self, minutes: int = 10, command: bytes = b"pretrain.train", environment: bytes = b"LOCAL_RANK="
+    ) -> None:
         """USR1 by the script's own --signal=B:USR1@600, as Slurm looks at limits: every half minute.
 
-        The training stands still meanwhile. (`scancel --signal` signals an array's task, but says it was refused.)
+        The training, or such processes, stand still meanwhile. (`scancel --signal` signals an array's task, but says
+        it was refused.)
         """
-        with self.cluster.frozen_workers():
-            self.cluster.slurm("scontrol", "update", f"JobId={self.id}", "TimeLimit=10")
+        with self.cluster.frozen(command, environment):
+            self.cluster.slurm("scontrol", "update", f"JobId={self.id}", f"TimeLimit={minutes}")
             self.wait_for(lambda: "USR1" in self.text(), "the signal")
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
@@ -454,17 +464,23 @@ class Site:
 
     def submit(self, run: Run, *options: str, script: str = "launch/1p3b.sh", **environment: str) -> Job:
         """`sbatch` a launch script as it is, on two nodes; `environment` is the submitting user's."""
-        command = ["sbatch", "--parsable", "--nodes=2", f"--job-name={run.path.name}", *options]
-        arguments = [script, f"run_dir={run.path.relative_to(self.root)}"]
+        options = ("--nodes=2", f"--job-name={run.path.name}", *options)
+        run_dir = f"run_dir={run.path.relative_to(self.root)}"
+        return self.sbatch(*options, script, run_dir, **{"CONFIG": "config.yaml"} | environment)
+
+    def sbatch(self, *arguments: str, **environment: str) -> Job:
         done = subprocess.run(
-            [*command, *arguments],
+            ["sbatch", "--parsable", *arguments],
             cwd=self.root,
-            env=self.cluster.environment | {"CONFIG": "config.yaml"} | environment,
+            env=self.cluster.environment | environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        return Job(self.cluster, done.stdout.strip())
+        return self.job(done.stdout.strip())
+
+    def job(self, number: str) -> Job:
+        return Job(self.cluster, number)
 
 
 def clone_working_tree(destination: Path) -> None:
