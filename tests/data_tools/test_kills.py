@@ -66,3 +66,16 @@ def test_tokenizing_survives_kills(tmp_path, input_folder, tokenizer_file):
 
     assert verify_shard(tmp_path / "killed" / "x") == []
     assert tokenize([f"{folder}/*"], str(tokenizer_file), tmp_path / "killed" / "x", 1).documents == 12 * 42
+
+
+@pytest.mark.slow
+def test_choosing_and_shuffling_survives_kills(tmp_path, input_folder, tokenizer_file):
+    folder = input_folder(files=6, repeat=12)
+    tokenize([f"{folder}/*"], str(tokenizer_file), tmp_path / "corpus", workers=1)
+    arguments = ["--input", f"{tmp_path}/corpus", "--tokens", "80000", "--seed", "3", "--shard-tokens", "20000"]
+    command = [sys.executable, "-m", "data_tools.subset", *arguments, "--workers", "2", "--output"]
+    whole, seconds = undisturbed([*command, f"{tmp_path}/whole/x"], tmp_path / "whole")
+    assert sum(name.endswith(".bin") for name in whole) >= 4
+    (tmp_path / "killed").mkdir()
+
+    kill_again_and_again([*command, f"{tmp_path}/killed/x"], tmp_path / "killed", whole, seconds)
