@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import TypeVar
 
-from data_tools.pool import POLL_SECONDS, Link
+from data_tools.pool import Link
 from data_tools.progress import BytesProgress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Workers = tuple[ProcessPoolExecutor, Link]
+
+POLL_SECONDS = 0.2
 
 
 def run_jobs(

@@ -1,19 +1,14 @@
-"""Run part jobs in a pool of processes, with a progress bar, and leave no process behind."""
+"""A pool of processes that end with the command, however it ends; what they do is said elsewhere (`jobs.py`)."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.managers import SyncManager
-
-from data_tools.parts import Part, PartJob, make_part
-from data_tools.progress import BytesProgress
-
-POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
@@ -70,22 +65,6 @@ def worker_pool(workers: int) -> Iterator[tuple[ProcessPoolExecutor, Link]]:
                 raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
-
-
-def make_parts(jobs: list[PartJob], pool: ProcessPoolExecutor, link: Link) -> list[tuple[Part, bool]]:
-    """Make every job's part; returns in the jobs' order what :func:`make_part` does, and raises what it raises."""
-    sizes = {job.source: job.source.stat().st_size for job in jobs}
-    # The largest first, so that none is left over at the end.
-    by_size = sorted(jobs, key=lambda job: sizes[job.source], reverse=True)
-    futures = {job.source: pool.submit(make_part, job, link.advance) for job in by_size}
-    pending = set(futures.values())
-    with BytesProgress("tokenizing (input as stored)", sum(sizes.values())) as progress:
-        while pending:
-            done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            progress.advance(link.read_bytes())
-            for future in done:
-                future.result()
-    return [futures[job.source].result() for job in jobs]
 
 
 def _end_with_parent() -> None:

@@ -23,10 +23,11 @@ from data_tools.corpus import Inputs, finished_parts, open_parts, part_name, par
 from data_tools.estimate import estimate
 from data_tools.files import replace_durably, sha256_file, unchanged_since, write_durably
 from data_tools.index import token_dtype
+from data_tools.jobs import run_jobs
 from data_tools.lock import lock
 from data_tools.merge import merge_parts
-from data_tools.parts import BadInput, Part, PartJob
-from data_tools.pool import make_parts, worker_pool
+from data_tools.parts import BadInput, Part, PartJob, make_part
+from data_tools.pool import worker_pool
 from data_tools.progress import BytesProgress
 from data_tools.readers import find_files
 from data_tools.shards import FORMAT_VERSION, Counts, Manifest, ShardError, ShardPaths, token_type
@@ -168,8 +169,11 @@ def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
     jobs = plan.jobs(task)
     if not jobs:  # fewer files than tasks
         return Outcome(Counts(), 0, {}, [], [])
-    with worker_pool(min(workers, len(jobs))) as (pool, link):
-        made = make_parts(jobs, pool, link)
+    sizes = {job.prefix: job.source.stat().st_size for job in jobs}
+    # The largest first, so that none is left over at the end.
+    jobs.sort(key=lambda job: sizes[job.prefix], reverse=True)
+    with worker_pool(min(workers, len(jobs))) as pool:
+        made = run_jobs("tokenizing (input as stored)", sum(sizes.values()), make_part, jobs, pool)
     parts = [part for part, _ in made]
     return Outcome(
         reduce(add, (counts for part in parts for counts in part.sets.values()), Counts()),
