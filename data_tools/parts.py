@@ -136,7 +136,7 @@ def _write_part(job: PartJob, paths: PartPaths, advance: Callable[[int], None]) 
         for item in read_documents(job.source, source.on_bytes):
             if isinstance(item, BadLine):
                 if job.bad_dir is None:
-                    raise BadInput(str(item))
+                    raise BadInput(f"{item}; --bad-dir DIR sets such records aside and goes on")
                 quarantine.add(item)
                 counts.bad[item.kind] = counts.bad.get(item.kind, 0) + 1
             elif not item.text:

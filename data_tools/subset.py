@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from hashlib import sha256
@@ -22,6 +21,7 @@ from pathlib import Path
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.command import exit_status
 from data_tools.dataset import (
     DATASET_VERSION,
     MANIFEST,
@@ -336,33 +336,26 @@ def _print_report(report: Report) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command; returns the process's exit status."""
     arguments = _arguments(argv)
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     request = Request(arguments.tokens, arguments.seed, dict(arguments.proportions), arguments.shard_tokens)
     started = time.perf_counter()
-    try:
-        plan = Plan.of(arguments.input, arguments.exclude, request, arguments.output)
-        if arguments.dry_run:
-            report = preview(plan, arguments.workers)
-            _print_report(report)
-            print(_disk(report, plan))
-            return 0
-        outcome = make_subset(plan, arguments.workers, arguments.overwrite)
-    except BrokenProcessPool:
-        print("error: a worker was killed (out of memory?); run again to go on, with fewer --workers", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    plan = Plan.of(arguments.input, arguments.exclude, request, arguments.output)
+    if arguments.dry_run:
+        report = preview(plan, arguments.workers)
+        _print_report(report)
+        print(_disk(report, plan))
+        return
+    outcome = make_subset(plan, arguments.workers, arguments.overwrite)
     _print_report(outcome.report)
     if outcome.made:
         print(f"{plan.output}: written in {time.perf_counter() - started:.1f} s; see {plan.output / REPORT}")
     else:
         print(f"{plan.output}: already complete; nothing to do")
-    return 0
 
 
 def _disk(report: Report, plan: Plan) -> str:

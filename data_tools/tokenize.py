@@ -12,13 +12,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Self
 
+from data_tools.command import exit_status
 from data_tools.corpus import Inputs, finished_parts, open_parts, part_name, parts_folder
 from data_tools.estimate import estimate
 from data_tools.files import replace_durably, sha256_file, unchanged_since, write_durably
@@ -26,7 +26,7 @@ from data_tools.index import token_dtype
 from data_tools.jobs import run_jobs
 from data_tools.lock import lock
 from data_tools.merge import merge_parts
-from data_tools.parts import BadInput, Part, PartJob, make_part
+from data_tools.parts import Part, PartJob, make_part
 from data_tools.pool import worker_pool
 from data_tools.progress import BytesProgress
 from data_tools.readers import find_files
@@ -309,34 +309,24 @@ def _report(outcome: Outcome, plan: Plan, seconds: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Run the command; returns the process's exit status."""
     arguments = _arguments(argv)
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    try:
-        plan = Plan.of(arguments.input, arguments.tokenizer, arguments.output, arguments.bad_dir)
-        task = arguments.task or WHOLE
-        if files := plan.files_of(task):
-            print(*estimate(files, plan.tokenizer, Path(plan.prefix), arguments.workers).lines(), sep="\n", flush=True)
-        if arguments.dry_run:
-            return 0
-        if arguments.task or arguments.parts_only:
-            outcome = make_task(plan, task, arguments.workers)
-        else:
-            outcome = make_shard(plan, arguments.workers, arguments.overwrite)
-    except BadInput as error:
-        print(f"error: {error}\n--bad-dir DIR sets such records aside and goes on", file=sys.stderr)
-        return 1
-    except BrokenProcessPool:
-        print("error: a worker was killed (out of memory?); run again to go on, with fewer --workers", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    plan = Plan.of(arguments.input, arguments.tokenizer, arguments.output, arguments.bad_dir)
+    task = arguments.task or WHOLE
+    if files := plan.files_of(task):
+        print(*estimate(files, plan.tokenizer, Path(plan.prefix), arguments.workers).lines(), sep="\n", flush=True)
+    if arguments.dry_run:
+        return
+    if arguments.task or arguments.parts_only:
+        outcome = make_task(plan, task, arguments.workers)
+    else:
+        outcome = make_shard(plan, arguments.workers, arguments.overwrite)
     print(_report(outcome, plan, time.perf_counter() - started))
-    return 0
 
 
 if __name__ == "__main__":
