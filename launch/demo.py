@@ -139,7 +139,15 @@ def report(console: Console, evaluation: dict[str, Any], sample: str, seconds: f
     }
     for name, place in places.items():
         console.print(f"{name:34}{place}")
+    console.print(f"{'waiting for data, of a step':34}{data_share():.2%}")
     console.print(f"{'time':34}{seconds:.0f} s")
+
+
+def data_share() -> float:
+    """Part of the training time that a process waited for its data, as measured between the progress lines."""
+    records = [orjson.loads(line) for line in (RUN / "metrics.jsonl").read_bytes().splitlines()]
+    shares = [record["data_share"] for record in records if "data_share" in record]
+    return sum(shares) / len(shares)
 
 
 def xz_bits_per_byte(prefix: Path, n_tokens: int) -> float:

@@ -5,6 +5,7 @@ config is saved with the run and in each checkpoint.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -42,13 +43,13 @@ class ConfigError(ValueError):
 
 @dataclass
 class DataConfig:
-    """Shards by prefix (`PREFIX.bin/.idx/.manifest.json`, made by data_tools.tokenize)."""
+    """Dataset folders (made by data_tools.subset), or shards by prefix (made by data_tools.tokenize)."""
 
     train: str = ""
     valid: str = ""
     seqlen: int = 2048
     reset_at_eos: bool = False  # True: the state starts anew after each EOS; the paper's runs don't
-    cache_dir: str | None = None  # of GPTDataset's sample order; None: <run_dir>/data_cache
+    blend: dict[str, float] = field(default_factory=dict)  # weights by source of `train`; {}: by their tokens
 
 
 @dataclass
@@ -259,6 +260,7 @@ def validate(config: Config) -> None:
     sigmas = config.recovery.spike_sigmas
     if sigmas is not None and sigmas <= 0:
         raise ConfigError(f"recovery.spike_sigmas must be above 0, got {sigmas}; null finds no spikes")
+    _check_blend(config.data.blend)
     _one_of("train.precision", config.train.precision, PRECISIONS)
     _one_of("log.wandb", config.log.wandb, WANDB_MODES)
     _one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))
@@ -266,6 +268,14 @@ def validate(config: Config) -> None:
         raise ConfigError(f"optim.warmup_fraction must be in [0, 1), got {config.optim.warmup_fraction}")
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+
+
+def _check_blend(blend: dict[str, float]) -> None:
+    for name, weight in blend.items():
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"data.blend.{name} must be a weight of 0 or more, got {weight}")
+    if blend and not any(blend.values()):
+        raise ConfigError("data.blend: every weight is 0; give a source some, or set data.blend={} for all of them")
 
 
 def _validates_when_saving(config: Config) -> bool:

@@ -1,160 +1,144 @@
-"""Training batches in an order that depends on the seed and the token count alone, and validation streams.
+"""Training batches in an order that is a function of the dataset, the seed and the blend alone; validation streams.
 
-Order: megatron-core's GPTDataset shuffles documents and cuts them into sequences; sample i of the run is always the
-same tokens, whatever the number of ranks, so a run resumes exactly from the number of samples it has consumed.
+Sample i of a run is always the same window, whatever the number of ranks and the run's length (`sample_order.py`), so
+a run resumes exactly from the number of samples that it has consumed.
 """
 
-import os
-import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from data_tools.files import sync
-from data_tools.shards import Manifest, ShardPaths, open_shard
-from pretrain.config import Config, ConfigError
+from data_tools.dataset import Dataset, Source, open_dataset
+from data_tools.index import read_index
+from data_tools.shards import ShardError
+from pretrain.config import Config, ConfigError, DataConfig
+from pretrain.packing import measure_packing
 from pretrain.parallel.mesh import Mesh
-from pretrain.stop import StopRequest
+from pretrain.sample_order import SampleOrder
+from pretrain.shard_reader import ShardFilesReader, WindowReader
 
 IGNORED = -100  # a target that no loss counts
 
 
-@dataclass(frozen=True)
-class _TokenizerFacts:
-    """What GPTDataset asks a tokenizer: no `pad`, so that no real token is taken for padding."""
-
-    vocab_size: int
-    eod: int
-    unique_identifiers: dict[str, str]
-
-
-def read_manifest(prefix: str, key: str, vocab_size: int) -> Manifest:
-    """The manifest of a config's shard; ConfigError (naming `key`) where it is unset or has other ids."""
-    if not prefix:
-        raise ConfigError(f"{key} is not set: the prefix of a shard made by `python -m data_tools.tokenize`")
-    manifest = Manifest.read(ShardPaths.of(prefix).manifest)
-    if manifest.tokenizer.vocab_size > vocab_size:
+def open_data(path: str, key: str, vocab_size: int) -> Dataset:
+    """The dataset or shard of a config; ConfigError (naming `key`) where it is unset or has other ids."""
+    if not path:
         raise ConfigError(
-            f"{key}={prefix} has ids up to {manifest.tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size}; "
-            f"set model.vocab_size={manifest.tokenizer.vocab_size}"
+            f"{key} is not set: a folder made by `python -m data_tools.subset`, or the prefix of a shard made by "
+            "`python -m data_tools.tokenize`"
         )
-    return manifest
+    dataset = open_dataset(path)
+    if dataset.tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{key}={path} has ids up to {dataset.tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size}; "
+            f"set model.vocab_size={dataset.tokenizer.vocab_size}"
+        )
+    return dataset
 
 
-class ShardChanged(RuntimeError):
-    """The training shard is not the one that was opened: what it holds can't be trusted."""
+def blend_weights(data: DataConfig, windows: Mapping[str, int]) -> dict[str, Fraction]:
+    """By source, parts of 1: those of `data.blend` as they are written, or by windows where it is empty.
+
+    Raises ConfigError for a source that is not there, or has no window to give.
+    """
+    fits_none = f"data.train={data.train}: no window of data.seqlen={data.seqlen} fits in any shard"
+    if unknown := sorted(data.blend.keys() - windows.keys()):
+        raise ConfigError(f"data.blend: no source {unknown[0]!r} in {data.train}; it has {', '.join(sorted(windows))}")
+    given = {name: Fraction(str(weight)) for name, weight in data.blend.items()} or windows
+    if empty := sorted(name for name, weight in given.items() if weight and not windows[name]):
+        raise ConfigError(f"{fits_none} of source {empty[0]!r}; take it out of data.blend")
+    if not (total := Fraction(sum(given.values()))):
+        raise ConfigError(fits_none)
+    return {name: weight / total for name, weight in given.items()}
+
+
+@dataclass(frozen=True)
+class ShardDocuments:
+    """Documents of one shard, by their numbers in it."""
+
+    source: str
+    shard: str
+    documents: list[int]
 
 
 class TrainingData:
-    """The run's sequences by number: 0 … total_steps · global_batch_size − 1.
+    """A run's samples by number, from 0 on without end; reads are of one thread at a time."""
 
-    Raises Interrupted, on every rank, where `stop` is asked for while the order is computed.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh, stop: StopRequest | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.manifest = read_manifest(config.data.train, "data.train", config.model.vocab_size)
-        self.num_samples = config.total_steps * config.train.global_batch_size
-        self.dataset = self._build(stop)
-        paths = ShardPaths.of(config.data.train)
-        self._opened = {path: _size_and_time(path) for path in (paths.bin, paths.idx)}
-
-    def _build(self, stop: StopRequest | None) -> GPTDataset:
-        """Rank 0 computes the order into a temporary folder and renames it; then every rank maps it.
-
-        The folder is named by the shard's hash: GPTDataset's own cache key ignores what the files hold.
-        """
-        root = Path(self.config.data.cache_dir or Path(self.config.run_dir) / "data_cache")
-        key = f"{self.manifest.idx_sha256[:16]}-{self.config.data.seqlen}-{self.num_samples}-{self.config.train.seed}"
-        final = root / key
-        problem = self._compute_order(root, final, stop) if self.mesh.rank == 0 else None
-        if problem := self.mesh.from_first(problem):
-            raise problem
-        return self._dataset(final)
-
-    def _compute_order(self, root: Path, final: Path, stop: StopRequest | None) -> Exception | None:
-        partial = root / f"{final.name}.tmp{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
-        try:
-            if not final.exists():
-                with stop.interruptible() if stop else nullcontext():
-                    self._dataset(partial)
-                for path in [*partial.rglob("*"), partial]:
-                    sync(path)  # nothing checks it later, and a resumed run relies on it
-                os.replace(partial, final)
-                sync(root)
-        except Exception as error:  # the others wait to hear
-            shutil.rmtree(partial, ignore_errors=True)
-            return None if final.exists() else error  # another job on the same cache was first
-        return None
-
-    def _dataset(self, cache: Path) -> GPTDataset:
-        shard, tokenizer = open_shard(self.config.data.train), self.manifest.tokenizer
-        facts = _TokenizerFacts(tokenizer.vocab_size, tokenizer.eos_id, {"sha256": tokenizer.sha256})
-        dataset_config = GPTDatasetConfig(
-            random_seed=self.config.train.seed,
-            sequence_length=self.config.data.seqlen,
-            blend=([self.config.data.train], None),
-            split="1,0,0",
-            path_to_cache=str(cache),
-            tokenizer=facts,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
+        self.dataset = open_data(config.data.train, "data.train", config.model.vocab_size)
+        self._files = ShardFilesReader(
+            (s for source in self.dataset.sources for s in source.shards), self.dataset.dtype
         )
-        documents = np.arange(len(shard), dtype=np.int32)
-        # Named by content: GPTDataset's cache key holds this name, and a shard may move.
-        return GPTDataset(shard, self.manifest.idx_sha256, documents, self.num_samples, Split.train, dataset_config)
+        self.sources = {s.name: WindowReader(s, config.data.seqlen, self._files) for s in self.dataset.sources}
+        windows = {name: len(reader) for name, reader in self.sources.items()}
+        weights = blend_weights(config.data, windows)
+        self.order = SampleOrder(self.dataset.digest, config.train.seed, windows, weights)
+        self._expected: dict[str, tuple[int, int]] = {}  # by source, the block that was last read from
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """This data-parallel rank's micro-batches of step `step` (from 0), in host memory: what the forward takes.
 
-        Micro-batch i of rank r holds samples (i·ranks + r)·micro_batch_size … of the step's global batch.
+        Micro-batch i of rank r holds samples (i·ranks + r)·micro_batch_size … of the step's global batch. Raises
+        ShardChanged where a file is not what it was when this was made.
         """
-        for path, opened in self._opened.items():
-            if (now := _size_and_time(path)) != opened:
-                # Reading past the end of a mapped file would end the process with nothing but a bus error.
-                raise ShardChanged(f"{path} changed while it was read: (size, mtime) was {opened}, is {now}")
         train, ranks = self.config.train, self.mesh.data_size
         first = step * train.global_batch_size
-        batches = []
+        batches, touched = [], set()
         for i in range(self.config.grad_accum_steps(ranks)):
             start = first + (i * ranks + self.mesh.data_rank) * train.micro_batch_size
-            batches.append(self._batch(range(start, start + train.micro_batch_size)))
+            rows = np.empty((train.micro_batch_size, self.config.data.seqlen + 1), self.dataset.dtype)
+            for sample, row in enumerate(rows, start):
+                touched.add(self._read(sample, row))
+            batches.append(self._batch(torch.from_numpy(rows.astype(np.int64))))
+        self._files.require_unchanged(touched)
         return batches
 
-    def documents(self, step: int) -> list[int]:
-        """The shard's documents that step `step` reads, on all ranks, ascending."""
-        size = self.config.train.global_batch_size
-        samples = range(step * size, (step + 1) * size)
-        return sorted({int(d) for i in samples for d in self.dataset._query_document_sample_shuffle_indices(i)[1]})
+    def _read(self, sample: int, row: np.ndarray) -> Path:
+        name, number = self.order.blend.pick(sample)
+        order, reader = self.order.sources[name], self.sources[name]
+        epoch, block, _ = order.place(number)
+        if self._expected.get(name) != (epoch, block):
+            self._expected[name] = epoch, block
+            for chunk in order.chunks(epoch, block) + order.chunks(epoch, block + 1):
+                reader.expect(chunk)
+        return reader.read(order.window(number), row)
 
-    def _batch(self, samples: range) -> dict[str, Any]:
-        items = [self.dataset[i] for i in samples]
-        input_ids = torch.stack([item["tokens"] for item in items])
-        masks = torch.stack([item["loss_mask"] for item in items])
-        targets = torch.stack([item["labels"] for item in items]).masked_fill(masks == 0, IGNORED)
+    def _batch(self, rows: Tensor) -> dict[str, Any]:
+        input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         cu_seqlens = None
         if self.config.data.reset_at_eos:
-            cu_seqlens = document_bounds(input_ids, self.manifest.tokenizer.eos_id)
+            cu_seqlens = document_bounds(input_ids, self.dataset.tokenizer.eos_id)
             input_ids, targets = input_ids.reshape(1, -1), targets.reshape(1, -1)
         return {"input_ids": input_ids, "targets": targets, "cu_seqlens": cu_seqlens}
 
+    def documents(self, step: int) -> list[ShardDocuments]:
+        """The documents that step `step` reads, on all ranks."""
+        size = self.config.train.global_batch_size
+        windows: dict[str, list[int]] = {}
+        for sample in range(step * size, (step + 1) * size):
+            name, window = self.order.window(sample)
+            windows.setdefault(name, []).append(window)
+        return [
+            ShardDocuments(name, shard, sorted(documents))
+            for name in sorted(windows)
+            for shard, documents in sorted(self.sources[name].documents(windows[name]).items())
+        ]
 
-def _size_and_time(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_size, status.st_mtime_ns
+    def description(self) -> Iterator[str]:
+        """What the run reads, and how often: lines to print."""
+        used = [reader.source for name, reader in self.sources.items() if name in self.order.sources]
+        yield measure_packing(used, self.config.data.seqlen).line
+        samples = self.config.total_steps * self.config.train.global_batch_size
+        for name, count in self.order.blend.counts(samples).items():
+            share, epochs = float(self.order.blend.weights[name]), count / self.order.sources[name].windows
+            yield f"source {name}: {share:.2%} of the samples, {epochs:.3g} epochs"
 
 
 def document_bounds(input_ids: Tensor, eos_id: int) -> Tensor:
@@ -166,11 +150,36 @@ def document_bounds(input_ids: Tensor, eos_id: int) -> Tensor:
     return torch.cat([bounds, bounds.new_tensor([input_ids.numel()])])
 
 
-def token_stream(prefix: str) -> np.ndarray:
-    """All tokens of a shard, documents end to end with their EOS: read-only, mapped from PREFIX.bin."""
-    open_shard(prefix)  # checks that sizes and counts agree with the manifest
-    paths = ShardPaths.of(prefix)
-    return np.memmap(paths.bin, dtype=Manifest.read(paths.manifest).dtype, mode="r")
+def token_stream(dataset: Dataset, most: int | None = None) -> np.ndarray:
+    """Tokens of a dataset, documents end to end with their EOS, read into memory.
+
+    Args:
+        most: where there are more tokens, each source gives about its share of so many, from its beginning.
+    """
+    wanted = dataset.tokens if most is None else min(most, dataset.tokens)
+    parts: list[np.ndarray] = []
+    taken = 0
+    for i, source in enumerate(dataset.sources):
+        upto = wanted * sum(s.tokens for s in dataset.sources[: i + 1]) // dataset.tokens
+        parts += _first_tokens(source, dataset.dtype, upto - taken)
+        taken = upto
+    return np.concatenate([np.empty(0, dataset.dtype), *parts])
+
+
+def _first_tokens(source: Source, dtype: np.dtype, count: int) -> Iterator[np.ndarray]:
+    for shard in source.shards:
+        here = min(count, shard.tokens)
+        tokens = np.fromfile(shard.bin, dtype, here)
+        if len(tokens) != here:
+            raise ShardError(f"{shard.bin} was cut: it has {len(tokens)} tokens of {shard.tokens}")
+        yield tokens
+        count -= here
+
+
+def document_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each document, in the order of `token_stream`."""
+    shards = (shard for source in dataset.sources for shard in source.shards)
+    return np.concatenate([np.empty(0, np.int32), *(read_index(s.idx).sequence_lengths for s in shards)])
 
 
 def windows(stream: np.ndarray, context: int, indices: range) -> tuple[Tensor, Tensor]:

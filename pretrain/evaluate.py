@@ -28,12 +28,12 @@ from rich.table import Table
 from rich.text import Text
 from sentencepiece import SentencePieceProcessor
 
+from data_tools.dataset import open_dataset
 from data_tools.files import write_durably
-from data_tools.shards import Manifest, ShardPaths, open_shard
 from data_tools.tokenizer import Tokenizer
 from longhorn_layers.model import LanguageModel
 from pretrain.checkpoint import CheckpointError, LoadedModel, load_model, step_name
-from pretrain.data import token_stream, windows
+from pretrain.data import document_lengths, token_stream, windows
 from pretrain.perplexity_plot import draw_perplexity
 
 BATCH_TOKENS = 16_384  # in one forward pass
@@ -216,8 +216,8 @@ def document_sets(prefix: str, contexts: Sequence[int], max_tokens: int | None) 
         EvaluationError: the shard, or `max_tokens` of it, is shorter than the largest context.
         ShardError: no finished shard has this prefix.
     """
-    stream, shard = token_stream(prefix), open_shard(prefix)
-    lengths = shard.sequence_lengths.copy()  # the shard's own are unmapped with it
+    dataset = open_dataset(prefix)
+    stream, lengths = token_stream(dataset), document_lengths(dataset)
     try:
         everything = _cut("all", len(lengths), stream, contexts, max_tokens)
     except EvaluationError as error:
@@ -243,10 +243,9 @@ def _cut(name: str, documents: int, stream: np.ndarray, contexts: Sequence[int],
 
 def matching_tokenizer(loaded: LoadedModel, prefix: str) -> Tokenizer:
     """The shard's tokenizer. Raises EvaluationError if the checkpoint was trained with another."""
-    paths = ShardPaths.of(prefix)
-    tokenizer, trained = Tokenizer.load(paths.tokenizer), loaded.tokenizer["sha256"]
-    recorded = Manifest.read(paths.manifest).tokenizer.sha256
-    for path, found in ((paths.manifest, recorded), (paths.tokenizer, tokenizer.sha256)):
+    dataset = open_dataset(prefix)
+    tokenizer, trained = Tokenizer.load(dataset.tokenizer_path), loaded.tokenizer["sha256"]
+    for path, found in ((dataset.path, dataset.tokenizer.sha256), (dataset.tokenizer_path, tokenizer.sha256)):
         if found != trained:
             raise EvaluationError(
                 f"{path}: the tokenizer has sha256 {found}, but {loaded.path} was trained with "
@@ -296,7 +295,7 @@ def evaluate_sets(
 
 def provenance(loaded: LoadedModel, prefix: str, parsed: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were made of."""
-    manifest = Manifest.read(ShardPaths.of(prefix).manifest)
+    dataset = open_dataset(prefix)
     return {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
@@ -305,9 +304,9 @@ def provenance(loaded: LoadedModel, prefix: str, parsed: argparse.Namespace) -> 
         "tokenizer": loaded.tokenizer,
         "data": {
             "prefix": prefix,
-            "bin_sha256": manifest.bin_sha256,
-            "documents": manifest.documents,
-            "tokens": manifest.tokens,
+            "digest": dataset.digest,
+            "documents": dataset.documents,
+            "tokens": dataset.tokens,
         },
         "max_tokens": parsed.max_tokens,
         "chunk": parsed.chunk,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_tools.dataset import TOKENIZER, is_dataset
 from data_tools.shards import ShardPaths
 from data_tools.tokenizer import Tokenizer, TokenizerError, resolve_tokenizer
 from longhorn_layers.model import LanguageModel
@@ -87,11 +88,13 @@ def generate(
 
 
 def tokenizer_file(loaded: LoadedModel, given: str | None) -> Path:
-    """The checkpoint's SentencePiece file: `given`, else the copy beside the training shard.
+    """The checkpoint's SentencePiece file: `given`, else the copy in the training dataset, or beside its shard.
 
     Raises TokenizerError where there is none, or it is another one.
     """
-    path = resolve_tokenizer(given or ShardPaths.of(loaded.config.data.train).tokenizer)
+    train = loaded.config.data.train
+    beside = Path(train) / TOKENIZER if is_dataset(train) else ShardPaths.of(train).tokenizer
+    path = resolve_tokenizer(given or beside)
     if given is None and not path.is_file():
         raise TokenizerError(f"{path}: the training shard's tokenizer isn't there; name a copy with --tokenizer")
     if (found := Tokenizer.load(path).sha256) != loaded.tokenizer["sha256"]:

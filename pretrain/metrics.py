@@ -15,6 +15,7 @@ import torch
 from data_tools.files import write_durably
 from pretrain.checkpoint import SaveReport
 from pretrain.config import Config, config_to_dict
+from pretrain.data import ShardDocuments
 from pretrain.flops import flops_per_token
 from pretrain.say import say
 
@@ -43,10 +44,11 @@ class MetricsLog:
         self.flops_per_token = flops_per_token(config.model)
         self.peak = peak_tflops(config.log.peak_tflops)
         self.run_dir = Path(config.run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.file = _Lines(self.run_dir / "metrics.jsonl", resumed_step)
         self.skips = _Lines(self.run_dir / "skipped.jsonl", sys.maxsize)
         self.wandb = self._start_wandb()
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._data_seconds = time.perf_counter(), 0, 0.0
 
     def _start_wandb(self) -> Any:
         if self.config.log.wandb == "disabled":
@@ -79,6 +81,7 @@ class MetricsLog:
         """Record a step that ended at `step` and `consumed_tokens`; print a line every log.interval steps."""
         now = time.perf_counter()
         self._tokens += self.config.tokens_per_step
+        self._data_seconds += values["data_seconds"]
         self._record({"step": step, "consumed_tokens": consumed_tokens, **values, "time": time.time()})
         if step % self.config.log.interval and step != self.config.total_steps:
             return
@@ -87,8 +90,9 @@ class MetricsLog:
         if self.peak is not None:
             mfu = speed * self.flops_per_token / (self.peak * 1e12 * self.world_size)
         say(self._progress_line(step, consumed_tokens, values, speed, mfu))
-        self._record({"step": step, "tokens_per_second": speed, "mfu": mfu})
-        self._since, self._tokens = now, 0
+        share = self._data_seconds / (now - self._since)
+        self._record({"step": step, "tokens_per_second": speed, "mfu": mfu, "data_share": share})
+        self._since, self._tokens, self._data_seconds = now, 0, 0.0
 
     def _progress_line(
         self, step: int, consumed_tokens: int, values: dict[str, Any], speed: float, mfu: float | None
@@ -103,9 +107,10 @@ class MetricsLog:
             f"ETA {timedelta(seconds=round(remaining))}{straggler}"
         )
 
-    def skipped(self, step: int, reason: str, documents: list[int]) -> None:
+    def skipped(self, step: int, reason: str, documents: list[ShardDocuments]) -> None:
         """A step that updated nothing, and the documents of its batch; RUN/skipped.jsonl outlives roll-backs."""
-        say(f"step {step}  skipped: {reason}; documents {_shortened(documents)}", problem=True)
+        names = [f"{found.shard} {number}" for found in documents for number in found.documents]
+        say(f"step {step}  skipped: {reason}; documents {_shortened(names)}", problem=True)
         line = {"step": step, "reason": reason, "documents": documents, "time": time.time()}
         self.skips.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -132,7 +137,7 @@ class MetricsLog:
 
     def resume_clock(self) -> None:
         """Start measuring speed anew, after something that is not training."""
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._data_seconds = time.perf_counter(), 0, 0.0
 
     def _record(self, values: dict[str, Any]) -> None:
         self.file.append(orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE))
@@ -185,9 +190,9 @@ class _Lines:
         self.file.close()
 
 
-def _shortened(numbers: list[int], most: int = 20) -> str:
-    more = f", … {len(numbers) - most} more in skipped.jsonl" if len(numbers) > most else ""
-    return ", ".join(map(str, numbers[:most])) + more
+def _shortened(names: list[str], most: int = 20) -> str:
+    more = f", … {len(names) - most} more in skipped.jsonl" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

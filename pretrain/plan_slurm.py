@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.shards import Manifest, ShardError, ShardPaths, open_shard
+from data_tools.dataset import is_dataset, open_dataset
+from data_tools.shards import ShardError, ShardPaths
 from pretrain.config import Config, ConfigError
-from pretrain.data import read_manifest
+from pretrain.data import blend_weights, open_data
 from pretrain.sbatch_script import SbatchScript
+from pretrain.shard_reader import window_counts
 
 if TYPE_CHECKING:
     from pretrain.plan import Plan
@@ -134,17 +136,18 @@ def shard_problems(config: Config) -> Iterator[str]:
     if config.data.valid and config.eval.interval:
         used["data.valid"] = config.data.valid
     for key, prefix in used.items():
-        if prefix and not ShardPaths.of(prefix).manifest.exists():
+        if prefix and not is_dataset(prefix) and not ShardPaths.of(prefix).manifest.exists():
             yield f"{key}={prefix}: no such shard; make it: {MAKE_SHARD.format(prefix)}"
             continue
         try:
-            manifest = read_manifest(prefix, key, config.model.vocab_size)
-            open_shard(prefix)  # compares the files' sizes with the manifest's counts
+            dataset = open_data(prefix, key, config.model.vocab_size)
+            if key == "data.train":
+                blend_weights(config.data, window_counts(dataset, config.data.seqlen))
         except (ConfigError, ShardError) as error:
             yield str(error)
             continue
-        if manifest.tokens <= config.data.seqlen:
-            yield f"{key}={prefix} holds {manifest.tokens:,} tokens: no window of data.seqlen={config.data.seqlen} fits"
+        if key == "data.valid" and dataset.tokens <= config.data.seqlen:
+            yield f"{key}={prefix} holds {dataset.tokens:,} tokens: no window of data.seqlen={config.data.seqlen} fits"
 
 
 def disk_problems(job: Job) -> Iterator[str]:
@@ -203,7 +206,7 @@ def _data_rows(job: Job) -> Iterator[tuple[str, str]]:
     data = job.config.data
     for key, prefix in {"data.train": data.train, "data.valid": data.valid}.items():
         try:
-            tokens = Manifest.read(ShardPaths.of(prefix).manifest).tokens
+            tokens = open_dataset(prefix).tokens
         except ShardError:
             continue  # a problem, listed as such
         text = f"{tokens:,} tokens"

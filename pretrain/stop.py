@@ -3,8 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,10 +17,6 @@ class Stop(IntEnum):
     NONE = 0
     SIGNAL = 1  # to be continued
     STOP_FILE = 2  # a person's wish: not before RUN/STOP is removed
-
-
-class Interrupted(Exception):
-    """A stop was asked for inside `interruptible`."""
 
 
 class StopRequest:
@@ -40,7 +34,6 @@ class StopRequest:
         self.urgent = False
         self._signalled = False
         self._interrupts: list[float] = []
-        self._raises = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -59,9 +52,6 @@ class StopRequest:
             if self._interrupts[-1] - self._interrupts[0] > AGAIN:
                 os.write(2, b"interrupted again: ending at once\n")
                 os._exit(130)
-        if self._raises:
-            self._raises = False
-            raise Interrupted
 
     def wanted(self) -> Stop:
         """What this process has been asked, looking for the files too."""
@@ -71,14 +61,3 @@ class StopRequest:
         if self._signalled or (self.job_file is not None and os.path.exists(self.job_file)):
             return Stop.SIGNAL
         return Stop.NONE
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Raise Interrupted inside, at once, where a stop is asked for: for long work that need not be finished."""
-        if self.wanted():
-            raise Interrupted
-        self._raises = True
-        try:
-            yield
-        finally:
-            self._raises = False

@@ -23,7 +23,7 @@ from pretrain.config import Config, ConfigError, load_config
 from pretrain.lock import RunInUse, only_job
 from pretrain.say import say
 from pretrain.status import write_failure, write_status
-from pretrain.stop import Interrupted, StopRequest
+from pretrain.stop import StopRequest
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
@@ -103,16 +103,13 @@ def _train(config: Config, mesh: "Mesh", stop: StopRequest, allowed: Sequence[st
         return 1
     try:
         trainer = Trainer(config, mesh, stop, allowed, from_step)
-    except Interrupted:
-        if mesh.rank == 0:
-            write_status(run_dir, stop.wanted().name.lower(), detail="asked to stop before training began")
-        return 0
     except (ConfigError, ShardError, CheckpointError) as error:
         raise ConfigError(error) from error
     except Exception as error:
         _end_at_once(run_dir, mesh, None, "error", error)
     if mesh.rank == 0:
-        say(_summary(config, mesh.data_size))
+        for line in (_summary(config, mesh.data_size), *trainer.data.description()):
+            say(line)
     try:
         reason = trainer.run()
     except CheckpointError as error:

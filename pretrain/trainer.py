@@ -20,6 +20,8 @@ from pretrain.optim import learning_rate
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import shard_model
 from pretrain.parallel.zero import ZeroEngine
+from pretrain.read_ahead import ReadAhead
+from pretrain.sample_order import ORDER
 from pretrain.say import say
 from pretrain.status import write_status
 from pretrain.stop import Stop, StopRequest
@@ -43,8 +45,7 @@ class Trainer:
     """A run on this rank: built from its config, resumed from its newest checkpoint if there is one.
 
     `allowed`: keys of `run_identity` that may differ from the checkpoint's. `from_step`: resume from that checkpoint;
-    later ones are set aside. Raises CheckpointError where there is none to go on from, Interrupted where `stop` is
-    asked for meanwhile.
+    later ones are set aside. Raises CheckpointError where there is none to go on from.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.run_dir = Path(config.run_dir)
         self.stop = stop or StopRequest(self.run_dir / "STOP")
-        self.data = TrainingData(config, mesh, self.stop)
+        self.data = TrainingData(config, mesh)
+        self.batches = ReadAhead(self.data.micro_batches, config.total_steps)
         self.validation = ValidationLoss(config, mesh) if config.data.valid and config.eval.interval else None
         self.identity = run_identity(config, self.data)
         self.engine = ZeroEngine(build_model(config, mesh), config, mesh)
@@ -67,6 +69,7 @@ class Trainer:
         self.unvalidated = False  # resumed from a stop that left no time for it
         self.stopping = Stop.NONE
         self.forward_seconds: tuple[float, ...] = ()  # of each rank, in the last step
+        self.data_seconds: tuple[float, ...] = ()  # that each rank waited for the last step's data
         self.progress = Progress()
         self._resume(allowed, from_step)
         rollbacks = mesh.from_first(read_rollbacks(self.run_dir) if mesh.rank == 0 else None)
@@ -75,7 +78,10 @@ class Trainer:
     def run(self) -> str:
         """Train to total_tokens; returns why it ended: "done", "signal" or "stop_file"."""
         log = MetricsLog(self.config, self.mesh.world_size, self.progress.step) if self.mesh.rank == 0 else None
-        with Watchdog(self.run_dir, self.mesh.rank, self.mesh.world_size, self.config.recovery.step_timeout) as dog:
+        with (
+            Watchdog(self.run_dir, self.mesh.rank, self.mesh.world_size, self.config.recovery.step_timeout) as dog,
+            self.batches,
+        ):
             self._agree(log)
             if self.saved_step is None and not self.stopping:
                 self.save(log=log)  # a disk that refuses it shows now, and a roll-back has where to go
@@ -130,7 +136,8 @@ class Trainer:
         Raises CheckpointError, on every rank at the same step, where a save in the background failed.
         """
         own = [float(self.stop.wanted()), float(self.writer.failed()), self.engine.forward_clock.read()]
-        stops, failures, self.forward_seconds = zip(*self.mesh.gather(own), strict=True)
+        own.append(self.batches.waited_seconds)
+        stops, failures, self.forward_seconds, self.data_seconds = zip(*self.mesh.gather(own), strict=True)
         self.stopping = Stop(int(max(stops)))
         if any(failures):
             self.writer.wait()
@@ -146,6 +153,7 @@ class Trainer:
             "forward_seconds_median": statistics.median(seconds),
             "forward_seconds_max": max(seconds),
             "slowest_rank": seconds.index(max(seconds)),
+            "data_seconds": max(self.data_seconds),
         }
         log.train_step(step, self.progress.consumed_tokens, values)
         if step in self.guard.in_a_row:
@@ -198,7 +206,7 @@ class Trainer:
 
     def _accumulate_gradients(self) -> tuple[torch.Tensor | None, float]:
         """This rank's summed loss and the global batch's targets; no loss where a stop can't wait for the rest."""
-        batches = self.data.micro_batches(self.progress.step)
+        batches = self.batches(self.progress.step)
         [n_targets] = self.mesh.all_reduce([float(sum(int((b["targets"] != IGNORED).sum()) for b in batches))])
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(batches):
@@ -266,7 +274,7 @@ class Trainer:
 
 def tokenizer_record(data: TrainingData) -> dict[str, Any]:
     """What a checkpoint says of the tokenizer that its tokens are of."""
-    tokenizer = data.manifest.tokenizer
+    tokenizer = data.dataset.tokenizer
     return {name: getattr(tokenizer, name) for name in ("name", "sha256", "vocab_size", "eos_id")}
 
 
@@ -277,7 +285,9 @@ def run_identity(config: Config, data: TrainingData) -> dict[str, Any]:
         "model": values["model"],
         "optim": values["optim"],
         "data": {
-            "train_sha256": data.manifest.idx_sha256 + data.manifest.bin_sha256,
+            "train_digest": data.dataset.digest,
+            "blend": ", ".join(f"{name} {weight}" for name, weight in data.order.blend.weights.items()),
+            "order": ORDER,
             "seqlen": config.data.seqlen,
             "reset_at_eos": config.data.reset_at_eos,
         },

@@ -1,27 +1,27 @@
-"""The loss over a held-out shard while a run trains."""
+"""The loss over held-out data while a run trains."""
 
 from collections.abc import Callable
 
 import torch
 
 from pretrain.config import Config, ConfigError
-from pretrain.data import IGNORED, read_manifest, token_stream, windows
+from pretrain.data import IGNORED, open_data, token_stream, windows
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.zero import ZeroEngine
 
 
 class ValidationLoss:
-    """Mean loss over the first eval.tokens of the validation shard, in windows of the training context."""
+    """Mean loss over the first eval.tokens of the validation data, in windows of the training context."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        read_manifest(config.data.valid, "data.valid", config.model.vocab_size)
+        dataset = open_data(config.data.valid, "data.valid", config.model.vocab_size)
         self.config, self.mesh = config, mesh
-        self.stream = token_stream(config.data.valid)
+        self.stream = token_stream(dataset, config.eval.tokens + 1)
         seqlen = config.data.seqlen
-        self.count = (min(config.eval.tokens, len(self.stream) - 1)) // seqlen
+        self.count = (len(self.stream) - 1) // seqlen
         if self.count == 0:
             raise ConfigError(
-                f"data.valid={config.data.valid} holds {len(self.stream)} tokens and eval.tokens={config.eval.tokens}: "
+                f"data.valid={config.data.valid} holds {dataset.tokens} tokens and eval.tokens={config.eval.tokens}: "
                 f"no window of data.seqlen={seqlen} fits; set eval.interval=0 to train without validation"
             )
 

@@ -103,17 +103,15 @@ def _read_config(software: Software, path: str, overrides: list[str]) -> None:
             software.shards[key] = _shard(prefix)
 
 
-def _shard(prefix: str) -> str:
-    """A shard's identity as seen from this node."""
-    from data_tools.shards import Manifest, ShardError, ShardPaths
+def _shard(path: str) -> str:
+    """The identity of a dataset, or of a shard, as seen from this node."""
+    from data_tools.dataset import open_dataset
+    from data_tools.shards import ShardError
 
-    paths = ShardPaths.of(prefix)
     try:
-        manifest = Manifest.read(paths.manifest)
+        return open_dataset(path).digest[:12]
     except (ShardError, OSError):
         return MISSING
-    whole = paths.bin.is_file() and paths.idx.is_file()
-    return manifest.idx_sha256[:12] if whole else MISSING
 
 
 if __name__ == "__main__":

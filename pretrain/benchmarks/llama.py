@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data_tools.dataset import is_dataset, open_dataset
 from data_tools.shards import ShardPaths
 from kernels.benchmarks.record import hardware_slug, provenance, write_json
 from kernels.benchmarks.timing import Lap, Times, take_turns
@@ -149,7 +150,7 @@ def batches(config: Config, context: int, batch: int) -> Batches:
         while True:
             ids = torch.randint(config.model.vocab_size, (batch, context + 1), generator=generator)
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # as a shard's windows are: transformers views them
-    stream = token_stream(config.data.train)
+    stream = token_stream(open_dataset(config.data.train))
     count = (len(stream) - 1) // context // batch
     if count == 0:
         raise ConfigError(f"data.train={config.data.train} has no {batch} windows of {context} tokens")
@@ -160,7 +161,8 @@ def batches(config: Config, context: int, batch: int) -> Batches:
 
 def has_shard(config: Config) -> bool:
     """Whether the config's training shard is on disk."""
-    return bool(config.data.train) and ShardPaths.of(config.data.train).manifest.is_file()
+    train = config.data.train
+    return bool(train) and (is_dataset(train) or ShardPaths.of(train).manifest.is_file())
 
 
 def compare(config: Config, context: int, tokens: int, steps: int) -> Comparison:

@@ -18,9 +18,10 @@ from pretrain.config import Config, ConfigError, config_from_dict
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
 from pretrain.parallel.zero import MASTER, Fragment, ZeroEngine
+from pretrain.say import say
 
 # Which samples a step reads follows from these: with others, the rest of the run would repeat and miss some.
-FIXED = ("data.seqlen", "train.global_batch_size", "train.total_tokens")
+FIXED = ("data.seqlen", "train.global_batch_size")
 
 
 class _Reader:
@@ -69,6 +70,8 @@ def load(
             f"{folder} is another run's: {'; '.join(refused)}. "
             "Resume with its config, set another run_dir, or name what may differ with --allow KEY"
         )
+    if mesh.rank == 0 and (longer := differences.get("train.total_tokens")):
+        say(f"{longer}: the same samples in the same order; the learning rate goes on by the new length's schedule")
     reader, shardings = _Reader(folder, manifest), engine.shardings()
     _check_parameters(folder, reader, shardings, mesh.tensor_size)
     problem = None

@@ -174,7 +174,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., str]]] = {
     "tensors": (safetensors.torch, "serialize_file", lambda tensors, filename, **_: str(filename)),
     "bytes": (Path, "write_bytes", lambda path, content: str(path)),
     "arguments": (pretrain.train, "load_config", lambda *_: ""),
-    "data": (pretrain.data, "GPTDataset", lambda *_: ""),
+    "data": (pretrain.data, "open_dataset", lambda path: str(path)),
     "model": (pretrain.trainer, "build_model", lambda *_: ""),
     "step": (pretrain.trainer.Trainer, "train_step", lambda trainer: str(trainer.progress.step + 1)),
     "validation": (pretrain.trainer.ValidationLoss, "measure", lambda *_: ""),

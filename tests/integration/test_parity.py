@@ -77,7 +77,7 @@ def make_config(case: Case, prefix: str, folder: Path) -> Config:
     config = Config(run_dir=str(folder / "runs" / (case.dir or case.name)))
     config.model = ModelConfig(vocab_size=512, d_model=32, n_layer=2, tie_embeddings=case.tied)
     config.data.train, config.data.seqlen = prefix, 24
-    config.data.cache_dir, config.data.reset_at_eos = str(folder / "data_cache"), case.reset
+    config.data.reset_at_eos = case.reset
     config.optim.lr, config.optim.min_lr, config.optim.warmup_fraction = 3e-3, 3e-4, 0.2
     config.parallel.tensor, config.parallel.zero_stage = case.tensor, case.zero
     config.train.global_batch_size, config.train.micro_batch_size = 8, 2

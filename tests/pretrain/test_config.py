@@ -23,7 +23,7 @@ def test_defaults_then_file_then_command_line(yaml: Path) -> None:
 
 
 def test_saved_configs_read_back_equal(yaml: Path) -> None:
-    config = load_config(yaml, ["data.cache_dir=x", "log.peak_tflops=1.5"])
+    config = load_config(yaml, ["data.blend.web=0.25", "log.peak_tflops=1.5"])
     assert config_from_dict(config_to_dict(config)) == config
 
 
@@ -37,6 +37,10 @@ def test_saved_configs_read_back_equal(yaml: Path) -> None:
         ("model.mixer.name=lstm", "model.mixer.name: 'lstm' is not one of"),
         ("train.precision=fp8", "train.precision must be one of autocast, bf16, fp32; got fp8"),
         ("parallel.zero_stage=0", "parallel.zero_stage must be one of 1, 2, 3; got 0"),
+        ("data.blend.web=-1", r"data.blend.web must be a weight of 0 or more, got -1"),
+        ("data.blend.web=nan", r"data.blend.web must be a weight of 0 or more, got nan"),
+        ("data.blend.web=0", "data.blend: every weight is 0"),
+        ("data.blend.web=much", r"data.blend.*much"),
         ("data.seqlen=0", "data.seqlen must be at least 1"),
         ("optim.min_lr=1", "optim.min_lr=1.0 is above optim.lr"),
         ("seed", "an override is written key=value"),

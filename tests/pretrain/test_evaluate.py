@@ -10,6 +10,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
 
+from data_tools.dataset import open_dataset
 from data_tools.shards import Manifest, ShardPaths, open_shard
 from data_tools.tokenizer import Tokenizer
 from longhorn_layers.config import LonghornConfig, ModelConfig
@@ -38,7 +39,7 @@ def prefix(shard) -> str:
 
 @pytest.fixture(scope="module")
 def stream(prefix: str) -> np.ndarray:
-    return token_stream(prefix)
+    return token_stream(open_dataset(prefix))
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +259,7 @@ def test_the_command_writes_its_report(
         "perplexity.png",
     ]
     report = json.loads((output / "perplexity.json").read_text())
-    manifest = Manifest.read(ShardPaths.of(prefix).manifest)
-    assert report["data"]["bin_sha256"] == manifest.bin_sha256
+    assert report["data"]["digest"] == open_dataset(prefix).digest
     assert (report["step"], report["consumed_tokens"], report["training_context"]) == (
         30,
         123_456,
@@ -268,7 +268,7 @@ def test_the_command_writes_its_report(
     assert (report["dtype"], report["torch"]) == ("float32", torch.__version__)
     everything, long = report["sets"]
     assert (everything["name"], long["name"]) == ("all", "≥ 256 tokens")
-    expected = evaluate_contexts(loaded.model, token_stream(prefix)[:513], [64, 256])
+    expected = evaluate_contexts(loaded.model, token_stream(open_dataset(prefix))[:513], [64, 256])
     for row, result in zip(everything["contexts"], expected, strict=True):
         assert (row["context"], row["tokens"]) == (result.context, 512)
         assert row["loss"] == pytest.approx(result.loss, rel=1e-6)
@@ -309,7 +309,7 @@ def test_another_tokenizer_is_refused(
     loaded.tokenizer["sha256"] = "0" * 64
     assert run(prefix, "256") == 1
     message = capsys.readouterr().err
-    assert "shard.manifest.json: the tokenizer has sha256" in message and "0" * 64 in message
+    assert "shard: the tokenizer has sha256" in message and "0" * 64 in message
     assert not (tmp_path / "run").exists()
 
 

@@ -10,12 +10,14 @@ import pytest
 
 from pretrain import metrics
 from pretrain.config import Config
+from pretrain.data import ShardDocuments
 from pretrain.metrics import MetricsLog
 from pretrain.status import read_status, write_failure, write_status
 
 VALUES = {
+    "data_seconds": 0.0,
     **{"loss": 2.0, "grad_norm": 1.0, "lr": 1e-3},
-    **{"forward_seconds_median": 1.0, "forward_seconds_max": 1.1, "slowest_rank": 3},
+    **{"forward_seconds_median": 1.0, "forward_seconds_max": 1.1, "slowest_rank": 3, "data_seconds": 0.01},
 }
 
 
@@ -91,7 +93,7 @@ def test_a_log_that_takes_no_line_does_not_end_the_run(
         patch.setattr(sys, "stdout", Full())
         patch.setattr(sys, "stderr", Full())
         log.train_step(10, 640, VALUES)
-        log.skipped(11, "loss is nan", [1])
+        log.skipped(11, "loss is nan", [ShardDocuments("all", "shard", [1])])
     assert steps(config) == [10]
 
 
@@ -109,8 +111,8 @@ def test_numbers_that_are_not_finite_are_null(config: Config, log: MetricsLog) -
 
 
 def test_documents_beyond_a_screenful_are_counted() -> None:
-    assert metrics._shortened([1, 2, 3]) == "1, 2, 3"
-    assert metrics._shortened(list(range(50))).endswith("18, 19, … 30 more in skipped.jsonl")
+    assert metrics._shortened(["a 1", "a 2", "b 3"]) == "a 1, a 2, b 3"
+    assert metrics._shortened([str(i) for i in range(50)]).endswith("18, 19, … 30 more in skipped.jsonl")
 
 
 def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_tools.shards import open_shard
 from pretrain import trainer as training
 from pretrain.config import Config, RecoveryConfig
 from pretrain.guard import Rollback, StepGuard, read_rollbacks, write_rollbacks
@@ -44,17 +46,20 @@ def test_a_bad_batch_is_skipped_and_named(config: Config, mesh: Mesh, capsys: py
     assert skipped["step"] == 4 and skipped["grad_norm"] is None and skipped["loss"] > 5
     [named] = lines(config, "skipped.jsonl")
     assert (named["step"], named["reason"]) == (4, "the gradient is not finite")
-    assert named["documents"] == trainer.data.documents(3) != []
+    assert named["documents"] == [asdict(found) for found in trainer.data.documents(3)] != []
     assert "step 4  skipped: the gradient is not finite; documents" in capsys.readouterr().err
     assert not (Path(config.run_dir) / "rollbacks.json").exists()
 
 
 def test_a_batchs_documents_are_those_its_tokens_come_from(config: Config, mesh: Mesh) -> None:
     data = Trainer(config, mesh).data
-    documents = [set(data.dataset.dataset[d].tolist()) for d in data.documents(2)]
+    shard = open_shard(config.data.train)
+    [found] = data.documents(2)
+    assert (found.source, found.shard) == ("all", Path(config.data.train).name)
+    documents = [set(shard[d].tolist()) for d in found.documents]
     [batch] = data.micro_batches(2)
     assert set(batch["input_ids"].unique().tolist()) <= set.union(*documents)
-    assert len(documents) < len(data.dataset.dataset)
+    assert len(documents) < len(shard)
 
 
 def test_a_weight_gone_bad_is_mended_by_a_roll_back(config: Config, mesh: Mesh, capsys: pytest.CaptureFixture) -> None:

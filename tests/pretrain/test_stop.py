@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.stop import Interrupted, Stop, StopRequest
+from pretrain.stop import Stop, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
@@ -30,16 +30,6 @@ def test_files_ask_too(tmp_path: Path) -> None:
     assert stop.wanted() is Stop.SIGNAL
     (tmp_path / "STOP").touch()
     assert stop.wanted() is Stop.STOP_FILE
-
-
-def test_long_work_is_left_at_once_and_only_inside(tmp_path: Path) -> None:
-    with StopRequest(tmp_path / "STOP") as stop:
-        with pytest.raises(Interrupted), stop.interruptible():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            pytest.fail("went on")
-        with pytest.raises(Interrupted), stop.interruptible():
-            pytest.fail("began although a stop was asked for")
-        os.kill(os.getpid(), signal.SIGUSR1)  # raises nothing out here
 
 
 PATIENT = """

@@ -45,7 +45,7 @@ def test_a_stop_file_stops_until_it_is_removed(
     job_file.touch()  # asked to before it began: nothing is trained
     assert main([*arguments, "--stop-file", str(job_file)]) == 0
     assert json.loads((run / "status.json").read_text())["reason"] == "signal"
-    assert not (run / "metrics.jsonl").exists()
+    assert steps(run) == []
     (run / "STOP").touch()
     assert main(arguments) == 0
     assert f"{run} waits; to go on, remove {run / 'STOP'}" in capsys.readouterr().out

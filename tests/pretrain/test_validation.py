@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.dataset import open_dataset
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel
 from pretrain.config import Config, ConfigError
@@ -38,7 +39,7 @@ def config(shard, tmp_path: Path) -> Config:  # type: ignore[no-untyped-def]
 def test_every_number_of_ranks_scores_the_same_seven_windows(config: Config, ranks: int) -> None:
     torch.manual_seed(0)
     model = LanguageModel(config.model)
-    ids, targets = windows(token_stream(config.data.valid), 32, range(7))
+    ids, targets = windows(token_stream(open_dataset(config.data.valid)), 32, range(7))
     with torch.no_grad():
         want = float(model(ids, targets))
     with init_mesh(1) as mesh:
