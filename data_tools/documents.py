@@ -25,6 +25,7 @@ DOCUMENT = np.dtype(
         ("line", "<u4"),  # in its input file, from 1
     ]
 )
+MOST_SETS = (1 << 16) - 1  # numbers of two bytes; subsets need one for themselves
 ROWS_HELD = 4096
 CHARACTERS_HELD = 1 << 20
 
@@ -70,6 +71,8 @@ class DocumentWriter:
     def add(self, text: str, tokens: int, set_name: str, line: int) -> int:
         """Append a document of `tokens` tokens (EOS included); returns its bytes of text."""
         number = self._sets.setdefault(set_name, len(self._sets))
+        if number == MOST_SETS:
+            raise ValueError(f"line {line}: more than {MOST_SETS} set names; is redpajama_set_name a name of sets?")
         high, low, text_bytes = text_hash(text)
         self._held.append((high, low, tokens, text_bytes, number, line))
         if len(self._held) == ROWS_HELD:
@@ -86,7 +89,8 @@ class DocumentWriter:
         self._flush()
         self._stream.seek(0)
         write_header(self._stream, self._rows)
-        place = np.argsort(np.argsort(list(self._sets)))
+        numbers = {name: number for number, name in enumerate(sorted(self._sets))}
+        place = np.array([numbers[name] for name in self._sets], np.uint16)
         for row in range(0, self._rows, ROWS_HELD):
             position = self._start + row * DOCUMENT.itemsize
             self._stream.seek(position)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.corpus import Corpus, Piece
-from data_tools.documents import open_documents, write_header
+from data_tools.documents import MOST_SETS, open_documents, write_header
 from data_tools.files import CHUNK_BYTES, new_file, sha256_file
 from data_tools.index import write_index
 from data_tools.shards import ShardError, ShardPaths
@@ -42,12 +42,15 @@ def _join_tokens(corpus: Corpus, path: Path, on_bytes: Callable[[int], None]) ->
 
 def _join_tables(corpus: Corpus, path: Path) -> None:
     names = sorted({name for piece in corpus.pieces for name in piece.set_names})
+    if len(names) > MOST_SETS:
+        raise ShardError(f"{len(names)} set names, and a shard holds {MOST_SETS}; is redpajama_set_name one of sets?")
+    numbers = {name: number for number, name in enumerate(names)}
     with new_file(path) as temporary, open(temporary, "wb") as joined:
         write_header(joined, sum(piece.document_count for piece in corpus.pieces))
         for piece in corpus.pieces:
             table = np.array(_table(piece))
             if len(table):
-                table["set"] = np.array([names.index(name) for name in piece.set_names])[table["set"]]
+                table["set"] = np.array([numbers[name] for name in piece.set_names], np.uint16)[table["set"]]
             joined.write(table.tobytes())
 
 

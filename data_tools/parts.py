@@ -11,7 +11,7 @@ from typing import BinaryIO, Self
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from data_tools.documents import DocumentWriter, write_documents
+from data_tools.documents import DocumentWriter, open_documents, write_documents
 from data_tools.encoder import Encoder
 from data_tools.files import new_file, sha256_file, write_durably
 from data_tools.quarantine import Quarantine, quarantine_path
@@ -115,12 +115,26 @@ def _finished_part(job: PartJob, advance: Callable[[int], None]) -> Part | None:
         return None  # made by a run that was told to set them aside; this one is to stop at them
     if part.bad and job.bad_dir and not quarantine_path(job.bad_dir, job.prefix.name).is_file():
         return None  # set aside in another folder
+    if not _whole(job, part):
+        return None
     if part.source.path == str(job.source) and part.source_state == _state(job.source.stat()):
         advance(size)
     elif part.source.sha256 != sha256_file(job.source, advance):
         advance(-size)  # it will be read again
         return None
     return part
+
+
+def _whole(job: PartJob, part: Part) -> bool:
+    """Whether the files of a finished part are there with their sizes: a disk may have lost one."""
+    paths, itemsize = PartPaths.of(job.prefix), _load_encoder(job.tokenizer, job.tokenizer_sha256).dtype.itemsize
+    try:
+        return (
+            paths.bin.stat().st_size == part.tokens * itemsize
+            and len(open_documents(paths.documents)) == part.documents
+        )
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _write_part(job: PartJob, paths: PartPaths, advance: Callable[[int], None]) -> Part:

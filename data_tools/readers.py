@@ -6,6 +6,7 @@ piece of the file and one line, whatever the file's size.
 """
 
 import glob
+import os
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -62,16 +63,19 @@ class BadLine:
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Files that match the globs, sorted and each once; ValueError names a glob without any."""
-    found: set[Path] = set()
+    """Files that match the globs, sorted and each once, by any path; ValueError names a glob without any."""
+    found: dict[str, Path] = {}
     for pattern in patterns:
-        matches = {path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file()}
+        # A file's own name is no glob, whatever is in it: a shell may have expanded one.
+        names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        matches = [path for name in names if (path := Path(name)).is_file()]
         if not matches:
             raise ValueError(f"--input {pattern!r} matches no file")
-        found |= matches
-    for path in found:
+        for path in matches:
+            found.setdefault(os.path.realpath(path), path)
+    for path in found.values():
         file_kind(path)
-    return sorted(found)
+    return sorted(found.values())
 
 
 def read_documents(

@@ -146,11 +146,30 @@ class Shard:
         start = int(self._starts[document]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[document])]
 
-    def ends_without(self, eos_id: int, first: int, end: int) -> list[int]:
-        """Those of the documents `first` … `end` − 1 whose last token is another."""
-        lengths = self.sequence_lengths[first:end]
-        last = self._starts[first:end] // self.dtype.itemsize + lengths - 1
-        return (np.flatnonzero(self.tokens[last] != eos_id) + first).tolist()
+    def check_places(self) -> None:
+        """ShardError names the first document that is not where the one before it ends, or has no token."""
+        end = 0
+        for first in range(0, len(self), ROWS):
+            lengths = self.sequence_lengths[first : first + ROWS]
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            wrong = np.flatnonzero(
+                (lengths < 1) | (self._starts[first : first + ROWS] != (ends - lengths) * self.dtype.itemsize)
+            )
+            if len(wrong):
+                raise ShardError(f"document {first + wrong[0]} of the index is not where the one before it ends")
+            end = int(ends[-1])
+
+    def ends_without(self, eos_id: int) -> list[int]:
+        """Documents whose last token is another; their places are to be checked before."""
+        found: list[int] = []
+        for first in range(0, len(self), ROWS):
+            last = (
+                self._starts[first : first + ROWS] // self.dtype.itemsize
+                + self.sequence_lengths[first : first + ROWS]
+                - 1
+            )
+            found += (np.flatnonzero(self.tokens[last] != eos_id) + first).tolist()
+        return found
 
 
 def open_shard(prefix: str | Path) -> Shard:
@@ -186,8 +205,8 @@ def open_shard(prefix: str | Path) -> Shard:
 def verify_shard(prefix: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
     """Read a whole shard and compare it with its manifest; returns what differs, nothing for a sound shard.
 
-    Checked: the hashes of all files, the counts, that every id is a piece of the vocabulary, that EOS stands at the
-    end of every document and nowhere else, and that the document table has the index's lengths.
+    Checked: the hashes of all files and the counts; where these are right, that every id is a piece of the vocabulary,
+    that EOS stands at the end of every document and nowhere else, and that the document table has the index's lengths.
 
     Args:
         on_bytes: hears how many more bytes have been hashed.
@@ -207,8 +226,7 @@ def verify_shard(prefix: str | Path, on_bytes: Callable[[int], None] = lambda co
         shard = open_shard(prefix)
     except ShardError as error:
         return [*problems, str(error)]
-    problems += token_problems(shard, manifest.tokenizer)
-    return problems + _table_problems(paths.documents, shard, manifest)
+    return problems or token_problems(shard, manifest.tokenizer) + _table_problems(paths.documents, shard, manifest)
 
 
 def hash_problem(path: Path, sha256: str, on_bytes: Callable[[int], None] = lambda count: None) -> str | None:
@@ -220,7 +238,11 @@ def hash_problem(path: Path, sha256: str, on_bytes: Callable[[int], None] = lamb
 
 
 def token_problems(shard: Shard, tokenizer: TokenizerRecord) -> list[str]:
-    """Ids outside the vocabulary, documents that don't end with EOS, and EOS elsewhere."""
+    """Documents out of place, ids outside the vocabulary, documents that don't end with EOS, and EOS elsewhere."""
+    try:
+        shard.check_places()
+    except ShardError as error:
+        return [str(error)]
     tokens, eos_id = shard.tokens, tokenizer.eos_id
     # int32 covers the stored types (uint16 and int32), and so finds negative ids too.
     outside = eos_count = 0
@@ -228,8 +250,7 @@ def token_problems(shard: Shard, tokenizer: TokenizerRecord) -> list[str]:
         chunk = tokens[start : start + VERIFY_TOKENS].astype(np.int32)
         outside += int(((chunk < 0) | (chunk >= tokenizer.vocab_size)).sum())
         eos_count += int((chunk == eos_id).sum())
-    unended = [i for first in range(0, len(shard), ROWS) for i in shard.ends_without(eos_id, first, first + ROWS)]
-    problems = []
+    problems, unended = [], shard.ends_without(eos_id)
     if outside:
         problems.append(f"{outside} token ids are outside the vocabulary of {tokenizer.vocab_size}")
     if unended:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.corpus import Piece
-from data_tools.documents import open_documents
+from data_tools.documents import MOST_SETS, open_documents
 from data_tools.shards import ShardError
 
 EXCLUDED = 0  # the source of the documents that are only there to be left out; it sorts before all others
@@ -42,7 +42,10 @@ class Span:
 
 def source_names(pieces: Iterable[Piece]) -> list[str]:
     """The pieces' sets, sorted: the sources, whose numbers count from 1."""
-    return sorted({name for piece in pieces for name in piece.set_names})
+    names = sorted({name for piece in pieces for name in piece.set_names})
+    if len(names) > MOST_SETS:
+        raise ShardError(f"{len(names)} sources, and there may be {MOST_SETS}; is redpajama_set_name a name of sets?")
+    return names
 
 
 def cut_groups(pieces: Sequence[Piece], names: list[str] | None, size: int, number: int = 0) -> list[list[Span]]:

@@ -26,7 +26,7 @@ from data_tools.index import token_dtype
 from data_tools.jobs import run_jobs
 from data_tools.lock import lock
 from data_tools.merge import merge_parts
-from data_tools.parts import Part, PartJob, make_part
+from data_tools.parts import Part, PartJob, PartPaths, make_part
 from data_tools.pool import worker_pool
 from data_tools.progress import BytesProgress
 from data_tools.readers import find_files
@@ -132,11 +132,13 @@ def make_shard(plan: Plan, workers: int, overwrite: bool = False) -> Outcome:
         if plan.folder.exists():  # killed after the manifest was written
             with lock(plan.folder / "lock"):
                 shutil.rmtree(plan.folder)
-        total = Counts(manifest.documents, manifest.tokens, manifest.text_bytes)
-        return Outcome(total, manifest.empty_documents, manifest.bad, [], [], manifest)
+        return _found(manifest)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with lock(plan.folder / "lock"):
-        Inputs.of(plan.files, plan.tokenizer).write(plan.folder)
+        inputs = Inputs.of(plan.files, plan.tokenizer)
+        if not overwrite:
+            _keep_others(plan.folder, inputs)
+        inputs.write(plan.folder)
         outcome = _make_parts(plan, WHOLE, workers)
         if not outcome.total.documents:
             raise ShardError(f"{len(plan.files)} files, and no document with text in them")
@@ -150,6 +152,8 @@ def make_task(plan: Plan, task: Task, workers: int) -> Outcome:
 
     Raises what :func:`tokenize` does, and ShardError where the parts there were begun for other files.
     """
+    if (manifest := _finished(ShardPaths.of(plan.prefix), plan, overwrite=False)) is not None:
+        return _found(manifest)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with lock(plan.folder / "lock", shared=True), lock(plan.folder / f"lock.{task.index}-of-{task.of}"):
         inputs, begun = Inputs.of(plan.files, plan.tokenizer), Inputs.read(plan.folder)
@@ -162,6 +166,22 @@ def make_task(plan: Plan, task: Task, workers: int) -> Outcome:
                 f"final, delete {plan.folder / 'inputs.json'} and start all tasks again"
             )
         return _make_parts(plan, task, workers)
+
+
+def _found(manifest: Manifest) -> Outcome:
+    total = Counts(manifest.documents, manifest.tokens, manifest.text_bytes)
+    return Outcome(total, manifest.empty_documents, manifest.bad, [], [], manifest)
+
+
+def _keep_others(folder: Path, inputs: Inputs) -> None:
+    """ShardError where there are finished parts of files that are no inputs now: the merge would delete them."""
+    begun, names = Inputs.read(folder), {file.name for file in inputs.files}
+    others = [file for file in begun.files if file.name not in names] if begun else []
+    if finished := [file.path for file in others if PartPaths.of(folder / file.name).marker.exists()]:
+        raise ShardError(
+            f"{folder}: has finished parts of {len(finished)} files that --input does not match, like {finished[0]}; "
+            "name them too, or another --output, or delete them with --overwrite"
+        )
 
 
 def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
@@ -243,7 +263,10 @@ def _finished(paths: ShardPaths, plan: Plan, overwrite: bool) -> Manifest | None
     if not difference:
         return manifest
     if not overwrite:
-        raise ShardError(f"{paths.manifest}: there is a shard that differs: {difference}; --overwrite replaces it")
+        raise ShardError(
+            f"{paths.manifest}: there is a shard that differs: {difference}; --overwrite replaces it, or name "
+            "another --output"
+        )
     return None
 
 

@@ -161,11 +161,7 @@ make_parts() {
     (((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN) / step + 1 == SLURM_ARRAY_TASK_COUNT)) ||
         fail "an array with gaps leaves files out: submit a whole one, like --array=0-15; finished files stay"
     ((task == 0)) && submit_join
-    if [[ -e $OUTPUT.manifest.json ]]; then
-        say "$OUTPUT.manifest.json is there already; the joining job compares it with the files"
-    else
-        tokenize --parts-only --task "$task/$SLURM_ARRAY_TASK_COUNT"
-    fi
+    tokenize --parts-only --task "$task/$SLURM_ARRAY_TASK_COUNT"
 }
 
 [[ -f data_tools/tokenize.py ]] || fail "run me from the repository's root"

@@ -49,3 +49,20 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
     np.save(path, np.zeros(3))
     with pytest.raises(ValueError, match=r"x.npy: not a document table: an array of float64"):
         open_documents(path)
+
+
+def test_set_names_that_differ_in_a_nul_keep_their_documents(tmp_path):
+    names = ["a\0", "a", "a\0\0", ""]
+    with write_documents(tmp_path / "x.npy") as table:
+        for name in names:
+            table.add("text", 1, name, 1)
+
+    assert [sorted(names)[number] for number in open_documents(tmp_path / "x.npy")["set"]] == names
+
+
+def test_more_sets_than_numbers_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.documents.MOST_SETS", 3)
+
+    with pytest.raises(ValueError, match="line 4: more than 3 set names"), write_documents(tmp_path / "x.npy") as table:
+        for number in range(1, 5):
+            table.add("text", 1, f"set {number}", number)

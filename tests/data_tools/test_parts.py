@@ -103,3 +103,14 @@ def test_what_a_killed_run_left_is_removed(job, make):
 def test_a_tokenizer_that_changed_is_refused(job, make):
     with pytest.raises(TokenizerError, match=r"the file changed while it was in use"):
         make(PartJob(job.source, job.prefix, job.tokenizer, "0" * 64, None))
+
+
+@pytest.mark.parametrize("end", ["bin", "documents"])
+def test_a_part_that_lost_a_file_or_its_end_is_made_again(job, make, end):
+    make(job)
+    path = getattr(PartPaths.of(job.prefix), end)
+    whole = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_bytes(whole[:-30])):
+        damage()
+        assert make(job)[1] is False
+        assert path.read_bytes() == whole

@@ -272,3 +272,12 @@ def test_find_files_sorts_and_names_what_is_wrong(tmp_path):
         find_files([f"{tmp_path}/*.jsonl", f"{tmp_path}/none*"])
     with pytest.raises(ValueError, match=r"notes.txt: .*\.jsonl, \.jsonl\.gz, \.jsonl\.zst"):
         find_files([f"{tmp_path}/*"])
+
+
+def test_a_name_that_looks_like_a_glob_and_a_file_by_two_paths_are_found_once(tmp_path, monkeypatch):
+    for name in ("x1.jsonl", "x[1].jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert [path.name for path in find_files(["x1.jsonl", "x[1].jsonl"])] == ["x1.jsonl", "x[1].jsonl"]
+    assert len(find_files(["*.jsonl", f"{tmp_path}/*.jsonl"])) == 2

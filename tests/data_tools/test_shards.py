@@ -161,3 +161,15 @@ def test_verify_finds_a_document_table_of_other_documents(tmp_path):
     edit_manifest(tmp_path / "x", documents_sha256=sha256_file(tmp_path / "x.documents.npy"))
 
     assert verify_shard(tmp_path / "x") == [f"{tmp_path}/x.documents.npy: other documents or lengths than the index's"]
+
+
+def test_verify_names_an_index_whose_documents_are_out_of_place(tmp_path):
+    write_shard(tmp_path / "x", [[5, EOS], [7, 8, EOS], [9, EOS]])
+    path = tmp_path / "x.idx"
+    content = bytearray(path.read_bytes())
+    content[34 + 3 * 4 + 8 + 5] ^= 0xFF  # the second document's offset
+    path.write_bytes(content)
+
+    assert verify_shard(tmp_path / "x")[0].startswith(f"{path}: sha256 is ")
+    edit_manifest(tmp_path / "x", idx_sha256=sha256_file(path))
+    assert verify_shard(tmp_path / "x")[0] == "document 1 of the index is not where the one before it ends"

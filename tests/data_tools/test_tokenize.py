@@ -351,3 +351,29 @@ def test_the_command_names_wrong_arguments(tmp_path, corpus, tokenizer_file, cap
     with pytest.raises(SystemExit):
         main(["--input", "x", "--tokenizer", "y", "--output", "z", "--workers", "0"])
     assert "--workers 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_parts_beside_a_shard_of_other_files_are_refused_and_of_the_same_not_needed(
+    tmp_path, input_folder, tokenizer_file
+):
+    folder = input_folder()
+    prefix = f"{tmp_path}/out"
+    tokenize([f"{folder}/*"], str(tokenizer_file), prefix, workers=1)
+    plan = Plan.of([f"{folder}/*"], str(tokenizer_file), prefix)
+
+    assert make_task(plan, Task(0, 2), workers=1).manifest.documents == 12
+
+    append_line(folder / "3.jsonl.zst", '{"text": "One more document."}')
+    with pytest.raises(ShardError, match=r"3.jsonl.zst has other content .* another --output"):
+        make_task(Plan.of([f"{folder}/*"], str(tokenizer_file), prefix), Task(0, 2), workers=1)
+
+
+def test_finished_parts_of_other_files_are_not_deleted(tmp_path, input_folder, tokenizer_file):
+    folder = input_folder()
+    make_task(Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out"), Task(0, 1), workers=1)
+    narrower = Plan.of([f"{folder}/0*"], str(tokenizer_file), f"{tmp_path}/out")
+
+    with pytest.raises(ShardError, match=r"finished parts of 3 files that --input does not match, like .*1.jsonl.zst"):
+        make_shard(narrower, workers=1)
+    assert len(list((tmp_path / "out.parts").glob("*.done.json"))) == 4
+    assert make_shard(narrower, workers=1, overwrite=True).manifest.documents == 3

@@ -313,14 +313,6 @@ def test_missing_settings(workplace, settings, said):
     assert code == 1 and said in output
 
 
-def test_a_finished_shard_is_left_to_the_joining_job(workplace):
-    workplace.play("0")
-    Path(f"{workplace.output}.manifest.json").touch()
-    code, output = workplace.run(**task(0))
-    assert code == 0 and "is there already" in output
-    assert len(workplace.calls("sbatch")) == 1 and not workplace.calls("python")
-
-
 # How it ends
 
 
