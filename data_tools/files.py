@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
     An OSError of a write, which names no file, is raised again with the path: a full disk is somebody's to mend.
     """
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    # A number of its own: processes of two machines, or containers, may have the same.
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         replace_durably(temporary, path)

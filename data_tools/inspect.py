@@ -207,23 +207,29 @@ def main(argv: list[str] | None = None) -> int:
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(width=width, markup=False, emoji=False, highlight=False)  # text is shown as it is
     try:
-        problems = verify(arguments.path, arguments.tokenizer) if arguments.verify else []
-        if not problems:
-            contents = open_contents(arguments.path, arguments.tokenizer)
-            found = inspect(contents, arguments.sample, arguments.longest, console)
-            picture = arguments.plot or default_plot(contents)
+        if problems := verify(arguments.path, arguments.tokenizer) if arguments.verify else []:
+            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+            return 1
+        contents = open_contents(arguments.path, arguments.tokenizer)
+        found = inspect(contents, arguments.sample, arguments.longest, console)
+        if arguments.verify:
+            sound = (
+                "no manifest; its index and ids are sound" if contents.kind is Kind.MEGATRON else "as the manifest says"
+            )
+            print(f"{arguments.path}: verified: {sound}")
+        picture = arguments.plot or default_plot(contents)
+        try:
             plot(contents, found, picture)
+        except OSError as error:
+            if arguments.plot:
+                raise
+            print(f"no picture: {error}; --plot names another place", file=sys.stderr)
+        else:
             console.print(f"histograms: {picture}", soft_wrap=True)
     except (ValueError, OSError) as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if arguments.verify and not problems:
-        checked = (
-            "no manifest; its index and ids are sound" if contents.kind is Kind.MEGATRON else "as the manifest says"
-        )
-        print(f"{arguments.path}: verified: {checked}")
-    return 1 if problems else 0
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ from data_tools.readers import BadLine
 
 # Base64 turns 3 bytes into 4: of a whole number of them, so that the slices' texts can be joined.
 RAW_SLICE_BYTES = 3 << 16
+SUFFIX = ".bad.jsonl.zst"
 SHOWN_RECORDS = 5
 SHOWN_BYTES = 100
 
 
 def quarantine_path(folder: Path, name: str) -> Path:
     """Where the bad records of the input file that goes by this name are."""
-    return folder / f"{name}.bad.jsonl.zst"
+    return folder / f"{name}{SUFFIX}"
 
 
 class Quarantine:

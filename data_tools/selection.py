@@ -169,6 +169,8 @@ def quotas(
         fits = min(math.floor(unique[name] / share) for name, share in shares.items() if share)
         lacking = ", ".join(f"{name} has {unique[name]:,} of {asked[name]:,}" for name in short)
         raise ShardError(f"too few tokens in unique documents: {lacking}; --tokens {fits} fits these proportions")
+    if not any(asked.values()):
+        raise ShardError(f"--tokens {tokens:,}: no source's share of it is a token; ask for more")
     return shares, asked
 
 

@@ -205,8 +205,8 @@ def open_shard(prefix: str | Path) -> Shard:
 def verify_shard(prefix: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
     """Read a whole shard and compare it with its manifest; returns what differs, nothing for a sound shard.
 
-    Checked: the hashes of all files and the counts; where these are right, that every id is a piece of the vocabulary,
-    that EOS stands at the end of every document and nowhere else, and that the document table has the index's lengths.
+    Checked: the hashes of all files, the counts, that every id is a piece of the vocabulary, that EOS stands at the
+    end of every document and nowhere else, and that the document table has the index's lengths.
 
     Args:
         on_bytes: hears how many more bytes have been hashed.
@@ -226,7 +226,8 @@ def verify_shard(prefix: str | Path, on_bytes: Callable[[int], None] = lambda co
         shard = open_shard(prefix)
     except ShardError as error:
         return [*problems, str(error)]
-    return problems or token_problems(shard, manifest.tokenizer) + _table_problems(paths.documents, shard, manifest)
+    problems += token_problems(shard, manifest.tokenizer)
+    return problems + _table_problems(paths.documents, shard, manifest)
 
 
 def hash_problem(path: Path, sha256: str, on_bytes: Callable[[int], None] = lambda count: None) -> str | None:

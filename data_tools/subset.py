@@ -76,6 +76,8 @@ def make_subset(plan: Plan, workers: int, overwrite: bool = False, sizes: Sizes 
             with lock(plan.work / LOCK):
                 shutil.rmtree(plan.work)
         return Outcome(report, made=False)
+    if plan.output.exists():
+        _make_way(plan.output)
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work / LOCK):
         _claim(plan, sizes, overwrite)
@@ -118,6 +120,14 @@ def _finished(plan: Plan, overwrite: bool) -> Report | None:
     if not overwrite:
         raise ShardError(f"{plan.output}: there is a dataset that differs: {difference}; --overwrite replaces it")
     return None
+
+
+def _make_way(output: Path) -> None:
+    """Remove an empty folder, and see that another can be renamed, before any work is done."""
+    if os.path.ismount(output):
+        raise ShardError(f"--output {output}: is a mount point, which can't be renamed; name a folder in it")
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
 
 
 @dataclass(frozen=True)
@@ -263,7 +273,7 @@ def _number(text: str) -> int:
     """A whole number, also written as 100e9."""
     try:
         value = Decimal(text)
-        whole = value == value.to_integral_value() and value >= 1
+        whole = value.is_finite() and 1 <= value < 1 << 63 and value == value.to_integral_value()
     except InvalidOperation:
         whole = False
     if not whole:

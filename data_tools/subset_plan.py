@@ -68,11 +68,13 @@ class PlanRecord:
             ("--input", self.inputs, there.inputs),
             ("--exclude", self.excluded, there.excluded),
         ):
-            if (before := [corpus.prefix for corpus in theirs]) != [corpus.prefix for corpus in mine]:
-                return f"{option} {' '.join(before) or 'of nothing'} there"
-            if mine != theirs:
-                return f"{option}: the corpora were written anew since"
-        return None if self == there else f"format_version {there.format_version} there, {self.format_version} now"
+            # By what they hold: the same corpora by other paths, or in another order, give the same.
+            if sorted(corpus.fingerprint for corpus in mine) != sorted(corpus.fingerprint for corpus in theirs):
+                before = " ".join(corpus.prefix for corpus in theirs)
+                return f"{option} {before or 'of nothing'} there, or these were written anew since"
+        if self.format_version != there.format_version:
+            return f"format_version {there.format_version} there, {self.format_version} now"
+        return None
 
 
 def _shown(value: object) -> object:
@@ -112,7 +114,7 @@ class Plan:
             corpora[0].dtype,
             [piece for corpus in corpora for piece in corpus.pieces],
             [piece for corpus in excluded for piece in corpus.pieces],
-            output,
+            output.resolve(),
         )
 
     @property

@@ -29,6 +29,7 @@ from data_tools.merge import merge_parts
 from data_tools.parts import Part, PartJob, PartPaths, make_part
 from data_tools.pool import worker_pool
 from data_tools.progress import BytesProgress
+from data_tools.quarantine import SUFFIX
 from data_tools.readers import find_files
 from data_tools.shards import FORMAT_VERSION, Counts, Manifest, ShardError, ShardPaths, token_type
 from data_tools.tokenizer import Tokenizer
@@ -63,8 +64,10 @@ class Plan:
     @classmethod
     def of(cls, inputs: list[str], tokenizer_source: str, prefix: str | Path, bad_dir: Path | None = None) -> Self:
         """Find the files that match the globs, and load the tokenizer; ValueError for either."""
-        tokenizer = Tokenizer.load(tokenizer_source)
-        return cls(find_files(inputs), tokenizer, tokenizer_source, str(prefix), bad_dir)
+        tokenizer, files = Tokenizer.load(tokenizer_source), find_files(inputs)
+        if aside := [path for path in files if path.name.endswith(SUFFIX)]:
+            raise ValueError(f"--input matches {aside[0]}, records that --bad-dir has set aside; narrow the glob")
+        return cls(files, tokenizer, tokenizer_source, str(prefix), bad_dir)
 
     @property
     def folder(self) -> Path:
@@ -185,7 +188,9 @@ def _keep_others(folder: Path, inputs: Inputs) -> None:
 
 
 def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
-    write_durably(plan.folder / "tokenizer.model", plan.tokenizer.serialized)
+    model = plan.folder / "tokenizer.model"
+    if not model.is_file() or model.read_bytes() != plan.tokenizer.serialized:
+        write_durably(model, plan.tokenizer.serialized)
     jobs = plan.jobs(task)
     if not jobs:  # fewer files than tasks
         return Outcome(Counts(), 0, {}, [], [])
@@ -206,6 +211,8 @@ def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
 
 def _merge(plan: Plan, paths: ShardPaths) -> Manifest:
     merged, corpus = ShardPaths.of(plan.folder / "merged"), open_parts(plan.prefix)
+    for left_by_killed_run in plan.folder.glob("merged.*"):
+        left_by_killed_run.unlink()
     size = sum(piece.tokens for piece in corpus.pieces) * corpus.dtype.itemsize
     with BytesProgress("merging", size) as progress:
         hashes = merge_parts(corpus, merged, progress.advance)

@@ -96,7 +96,7 @@ def _shard_problems(folder: Path, record: ShardRecord, manifest: DatasetManifest
     if found != (said := (record.documents, record.tokens, manifest.dtype)):
         described = ["{} documents of {} tokens of {}".format(*each) for each in (found, said)]
         return [*problems, f"{paths.idx}: an index of {described[0]}; the manifest says {described[1]}"]
-    return problems or [f"{paths.bin}: {problem}" for problem in token_problems(shard, manifest.tokenizer)]
+    return problems + [f"{paths.bin}: {problem}" for problem in token_problems(shard, manifest.tokenizer)]
 
 
 def _verify_megatron(path: str, tokenizer: str | None, on_bytes: OnBytes) -> list[str]:

@@ -168,9 +168,10 @@ make_parts() {
 [[ -n ${INPUT:-} ]] || fail "set INPUT to globs, like 'SlimPajama/train/*/*.jsonl.zst'"
 [[ -n ${OUTPUT:-} ]] || fail "set OUTPUT to a prefix, like data/train"
 [[ -z ${TOKENS:-} || -n ${SUBSET_OUTPUT:-} ]] || fail "with TOKENS, set SUBSET_OUTPUT to a folder for the dataset"
-read -ra inputs <<<"$INPUT" # which expands no glob
-read -ra excluded <<<"${EXCLUDE:-}"
-read -ra join_options <<<"${JOIN_OPTIONS:---time=24:00:00}"
+# To the end and not of the first line, which ends with 1; it expands no glob.
+read -rd '' -a inputs <<<"$INPUT"
+read -rd '' -a excluded <<<"${EXCLUDE:-}"
+read -rd '' -a join_options <<<"${JOIN_OPTIONS:---time=24:00:00}"
 TOKENIZER=${TOKENIZER:-mistral} SEED=${SEED:-0}
 workers=${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc)} # which that variable limits
 

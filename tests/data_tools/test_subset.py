@@ -254,6 +254,7 @@ def test_a_dry_run_prints_the_choice_and_leaves_nothing(tmp_path, layouts, capsy
         (("--tokens", "100", "--proportions", f"{SPOKEN}=1", "x=0"), f"no source 'x'; there are {OTHER}, {SPOKEN}"),
         (("--tokens", "100", "--proportions", f"{SPOKEN}=0.5"), "add up to 0.5, not to 1"),
         (("--tokens", "60000", "--proportions", f"{SPOKEN}=1"), "too few tokens in unique documents"),
+        (("--tokens", "1", "--proportions", f"{SPOKEN}=0.5", f"{OTHER}=0.5"), "no source's share of it is a token"),
     ],
 )
 def test_a_choice_that_can_not_be_made_is_refused_and_leaves_nothing(tmp_path, layouts, capsys, options, message):
@@ -269,6 +270,8 @@ def test_a_choice_that_can_not_be_made_is_refused_and_leaves_nothing(tmp_path, l
         (("--tokens", "1.5"), "'1.5': write a whole number from 1 on, like 100e9"),
         (("--tokens", "many"), "write a whole number"),
         (("--tokens", "nan"), "write a whole number"),
+        (("--tokens", "inf"), "write a whole number"),
+        (("--tokens", "1e999999"), "write a whole number"),
         (("--tokens", "9", "--seed", "-1"), "write a whole number from 0 to 2^64"),
         (("--tokens", "9", "--proportions", "a"), "write SOURCE=SHARE"),
         (("--tokens", "9", "--proportions", "a=0.5", "a=0.5"), "a source is given twice"),
@@ -387,3 +390,11 @@ def finished(work: Path) -> dict[Path, int]:
     """When the markers of what is finished were written."""
     patterns = ("selection.json", "run-*.done", "*-of-*.json")
     return {path: path.stat().st_mtime_ns for pattern in patterns for path in work.glob(pattern)}
+
+
+def test_the_same_corpora_by_other_paths_are_the_same(tmp_path, make, layouts, monkeypatch):
+    assert make("out").made
+
+    monkeypatch.chdir(Path(layouts.one).parent)
+
+    assert not make("out", (Path(layouts.one).name,)).made

@@ -377,3 +377,11 @@ def test_finished_parts_of_other_files_are_not_deleted(tmp_path, input_folder, t
         make_shard(narrower, workers=1)
     assert len(list((tmp_path / "out.parts").glob("*.done.json"))) == 4
     assert make_shard(narrower, workers=1, overwrite=True).manifest.documents == 3
+
+
+def test_records_set_aside_are_no_input(tmp_path, input_folder, tokenizer_file):
+    folder = input_folder()
+    (folder / "x.bad.jsonl.zst").touch()
+
+    with pytest.raises(ValueError, match=r"x.bad.jsonl.zst, records that --bad-dir has set aside"):
+        Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out")
