@@ -122,15 +122,22 @@ def open_parts(prefix: str | Path) -> Corpus:
 def finished_parts(inputs: Inputs, folder: Path) -> list[Part]:
     """Each input file's part; ShardError where some are not finished."""
     found = [Part.read(folder / file.name) for file in inputs.files]
-    parts = [part for part in found if part is not None and part.tokenizer_sha256 == inputs.tokenizer.sha256]
+    fits = [part is not None and _is_of(part, file, inputs) for part, file in zip(found, inputs.files, strict=True)]
+    parts = [part for part, fit in zip(found, fits, strict=True) if part is not None and fit]
     if len(parts) < len(inputs.files):
-        missing = [file.path for file, part in zip(inputs.files, found, strict=True) if part is None]
+        missing = [file.path for file, fit in zip(inputs.files, fits, strict=True) if not fit]
         shown = ", ".join(missing[:MISSING_SHOWN])
         raise ShardError(
             f"{folder}: {len(inputs.files) - len(parts)} of {len(inputs.files)} parts are not finished "
             f"({shown}{', …' if len(missing) > MISSING_SHOWN else ''}); run data_tools.tokenize again"
         )
     return parts
+
+
+def _is_of(part: Part, file: InputFile, inputs: Inputs) -> bool:
+    """Whether a part was made of this file as it was when the parts were begun, by this code and tokenizer."""
+    made = (part.format_version, part.source.size, part.tokenizer_sha256)
+    return made == (inputs.format_version, file.size, inputs.tokenizer.sha256) and made[0] == FORMAT_VERSION
 
 
 def _open_merged(prefix: str | Path) -> Corpus:

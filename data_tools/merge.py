@@ -10,7 +10,7 @@ from data_tools.corpus import Corpus, Piece
 from data_tools.documents import MOST_SETS, open_documents, write_header
 from data_tools.files import CHUNK_BYTES, new_file, sha256_file
 from data_tools.index import write_index
-from data_tools.shards import ShardError, ShardPaths
+from data_tools.shards import ROWS, ShardError, ShardPaths
 
 
 def merge_parts(corpus: Corpus, paths: ShardPaths, on_bytes: Callable[[int], None]) -> dict[str, str]:
@@ -48,10 +48,11 @@ def _join_tables(corpus: Corpus, path: Path) -> None:
     with new_file(path) as temporary, open(temporary, "wb") as joined:
         write_header(joined, sum(piece.document_count for piece in corpus.pieces))
         for piece in corpus.pieces:
-            table = np.array(_table(piece))
-            if len(table):
-                table["set"] = np.array([numbers[name] for name in piece.set_names], np.uint16)[table["set"]]
-            joined.write(table.tobytes())
+            table, places = _table(piece), np.array([numbers[name] for name in piece.set_names], np.uint16)
+            for first in range(0, len(table), ROWS):
+                rows = np.array(table[first : first + ROWS])
+                rows["set"] = places[rows["set"]]
+                joined.write(rows.tobytes())
 
 
 def _table(piece: Piece) -> np.ndarray:

@@ -23,12 +23,13 @@ def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def kill_again_and_again(command: list[str], made: Path, whole: dict[str, bytes], longest: float) -> None:
+def kill_again_and_again(command: list[str], made: Path, whole: dict[str, bytes], longest: float, done: str) -> int:
     """Run a command that makes the folder `made`, killed KILLS times, each at a moment of up to `longest` seconds.
 
     Each run goes on from what the one before left; one that ends is compared, and its work removed for the next.
+    Returns how many kills left finished work (files `done`) that was not all of it.
     """
-    draw, landed = random.Random(5), 0
+    draw, landed, amid = random.Random(5), 0, 0
     while landed < KILLS:
         with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE) as process:
             try:
@@ -37,6 +38,7 @@ def kill_again_and_again(command: list[str], made: Path, whole: dict[str, bytes]
                 # Now the command alone, whose workers must end by themselves, now all of its processes.
                 (os.kill if draw.random() < 0.5 else os.killpg)(process.pid, signal.SIGKILL)
                 landed += 1
+                amid += any(made.rglob(done)) and files_under(made) != whole
                 continue
         assert process.returncode == 0
         assert files_under(made) == whole
@@ -44,6 +46,7 @@ def kill_again_and_again(command: list[str], made: Path, whole: dict[str, bytes]
         made.mkdir()
     subprocess.run(command, cwd=ROOT, check=True, timeout=DEADLINE)
     assert files_under(made) == whole
+    return amid
 
 
 def undisturbed(command: list[str], made: Path) -> tuple[dict[str, bytes], float]:
@@ -62,8 +65,9 @@ def test_tokenizing_survives_kills(tmp_path, input_folder, tokenizer_file):
     whole, seconds = undisturbed([*command, f"{tmp_path}/whole/x"], tmp_path / "whole")
     (tmp_path / "killed").mkdir()
 
-    kill_again_and_again([*command, f"{tmp_path}/killed/x"], tmp_path / "killed", whole, seconds)
+    amid = kill_again_and_again([*command, f"{tmp_path}/killed/x"], tmp_path / "killed", whole, seconds, "*.done.json")
 
+    assert amid >= 4
     assert verify_shard(tmp_path / "killed" / "x") == []
     assert tokenize([f"{folder}/*"], str(tokenizer_file), tmp_path / "killed" / "x", 1).documents == 12 * 42
 
@@ -78,4 +82,8 @@ def test_choosing_and_shuffling_survives_kills(tmp_path, input_folder, tokenizer
     assert sum(name.endswith(".bin") for name in whole) >= 4
     (tmp_path / "killed").mkdir()
 
-    kill_again_and_again([*command, f"{tmp_path}/killed/x"], tmp_path / "killed", whole, seconds)
+    amid = kill_again_and_again(
+        [*command, f"{tmp_path}/killed/x"], tmp_path / "killed", whole, seconds, "selection.json"
+    )
+
+    assert amid >= 2

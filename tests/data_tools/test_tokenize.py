@@ -385,3 +385,15 @@ def test_records_set_aside_are_no_input(tmp_path, input_folder, tokenizer_file):
 
     with pytest.raises(ValueError, match=r"x.bad.jsonl.zst, records that --bad-dir has set aside"):
         Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out")
+
+
+def test_a_part_of_a_file_that_was_another_is_not_taken_for_the_corpus(tmp_path, input_folder, tokenizer_file):
+    folder = input_folder()
+    plan = Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out")
+    make_task(plan, Task(0, 1), workers=1)
+    append_line(folder / "1.jsonl.zst", '{"text": "One more document."}')
+    (plan.folder / "inputs.json").unlink()
+    make_task(Plan.of([f"{folder}/*"], str(tokenizer_file), f"{tmp_path}/out"), Task(0, 4), workers=1)
+
+    with pytest.raises(ShardError, match=r"1 of 4 parts are not finished \(.*1.jsonl.zst\)"):
+        open_corpus(plan.prefix)
