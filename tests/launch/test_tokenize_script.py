@@ -291,7 +291,12 @@ def test_an_array_with_gaps_is_refused(workplace):
 def test_settings_come_from_site_env(workplace):
     workplace.play("0")
     (workplace.root / "launch/site.env").write_text(": $UNSET\nBAD_DIR='two words'\nSEED=5\n")
-    more = {"EXCLUDE": "a b", "TOKENS": "1e3", "SUBSET_OUTPUT": "set"}
+    more = {
+        "EXCLUDE": "a\nb",
+        "TOKENS": "1e3",
+        "SUBSET_OUTPUT": "set",
+        "INPUT": "input/[0-2].jsonl\ninput/[34].jsonl\n",
+    }
     code, output = workplace.run(**more)
     assert code == 0, output
     tokenizing, choosing = (" ".join(call) for call in workplace.calls("python"))
