@@ -99,17 +99,18 @@ def open_corpus(prefix: str | Path) -> Corpus:
         ShardError: there is neither, a part is not finished (with how many are missing, and which), or a file has
             another size than its documents.
     """
-    return _open_merged(prefix) if ShardPaths.of(prefix).manifest.is_file() else open_parts(prefix)
-
-
-def open_parts(prefix: str | Path) -> Corpus:
-    """As :func:`open_corpus`, of the parts even where there is a shard."""
+    if ShardPaths.of(prefix).manifest.is_file():
+        return _open_merged(prefix)
     folder = parts_folder(prefix)
     inputs = Inputs.read(folder)
     if inputs is None:
         missing = f"neither {ShardPaths.of(prefix).manifest} nor {folder / 'inputs.json'} is there"
         raise ShardError(f"{prefix}: {missing}; make them with `python -m data_tools.tokenize`")
-    parts = finished_parts(inputs, folder)
+    return corpus_of(finished_parts(inputs, folder), inputs, folder)
+
+
+def corpus_of(parts: Iterable[Part], inputs: Inputs, folder: Path) -> Corpus:
+    """The corpus that a folder's finished parts make; ShardError for a file of another size than its documents."""
     dtype = token_dtype(inputs.tokenizer.vocab_size)
     pieces = []
     for file, part in zip(inputs.files, parts, strict=True):

@@ -11,11 +11,10 @@ from typing import Self
 
 import numpy as np
 import orjson
-from pydantic import TypeAdapter, ValidationError
 
 from data_tools.files import write_durably
-from data_tools.index import index_bytes
-from data_tools.shards import Manifest, ShardError, ShardPaths, TokenizerRecord, TokenType, first_problem
+from data_tools.shards import Manifest, ShardFiles, ShardPaths, TokenType, check_sizes, check_version, read_json
+from data_tools.tokenizer import TokenizerRecord
 
 DATASET_VERSION = 1
 MANIFEST = "dataset.json"
@@ -90,25 +89,9 @@ class DatasetManifest:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read and check types and version; ShardError names the file and what is wrong."""
-        try:
-            manifest = TypeAdapter(cls).validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ShardError(f"{path} does not exist: make it with `python -m data_tools.subset`") from error
-        except ValidationError as error:
-            raise ShardError(f"{path}: {first_problem(error)}") from error
-        if manifest.format_version != DATASET_VERSION:
-            raise ShardError(f"{path}: format_version {manifest.format_version}, this code reads {DATASET_VERSION}")
+        manifest = read_json(cls, path, "make it with `python -m data_tools.subset`")
+        check_version(path, manifest.format_version, DATASET_VERSION)
         return manifest
-
-
-@dataclass(frozen=True)
-class ShardFiles:
-    """A shard's files, documents and tokens."""
-
-    bin: Path
-    idx: Path
-    documents: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -159,19 +142,6 @@ def open_dataset(path: str | Path) -> Dataset:
         for shard in source.shards:
             check_sizes(shard, dataset.dtype)
     return dataset
-
-
-def check_sizes(shard: ShardFiles, dtype: np.dtype) -> None:
-    """ShardError where a file of the shard is missing or has not the size of its documents and tokens."""
-    sizes = {shard.bin: shard.tokens * dtype.itemsize, shard.idx: index_bytes(shard.documents)}
-    for path, size in sizes.items():
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            raise ShardError(f"{path} is missing beside its manifest; make it again") from None
-        if found != size:
-            described = f"{shard.documents} documents and {shard.tokens} tokens"
-            raise ShardError(f"{path} has {found} bytes; the manifest's {described} take {size}")
 
 
 def _folder(path: Path) -> Dataset:

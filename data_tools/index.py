@@ -70,6 +70,20 @@ def read_index(path: Path) -> Index:
     return Index(TYPES[code], lengths, pointers, document_indices)
 
 
+def misplaced_sequence(index: Index, shortest: int = 0) -> int | None:
+    """The first sequence that does not begin where the one before it ends, or has fewer tokens than `shortest`."""
+    end = 0
+    for first in range(0, len(index.sequence_lengths), CHUNK):
+        lengths = index.sequence_lengths[first : first + CHUNK]
+        ends = end + np.cumsum(lengths, dtype=np.int64)
+        starts = (ends - lengths) * index.dtype.itemsize
+        wrong = np.flatnonzero((lengths < shortest) | (index.sequence_pointers[first : first + CHUNK] != starts))
+        if len(wrong):
+            return first + int(wrong[0])
+        end = int(ends[-1])
+    return None
+
+
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     """Write the `.idx` of documents of one sequence each, whole or not at all.
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,6 +80,14 @@ class Part:
             return None
 
 
+def remove_leftovers(jobs: Sequence[PartJob], folder: Path) -> None:
+    """Remove what a killed run left of these parts; once a run, since the folder may hold files by the 100,000."""
+    names = {job.prefix.name for job in jobs}
+    for path in folder.glob("*.tmp*"):
+        if path.name.partition(".")[0] in names:
+            path.unlink(missing_ok=True)
+
+
 def make_part(job: PartJob, advance: Callable[[int], None]) -> tuple[Part, bool]:
     """Make the part, or find it finished by an earlier run; the flag says that it was found.
 
@@ -96,8 +104,6 @@ def make_part(job: PartJob, advance: Callable[[int], None]) -> tuple[Part, bool]
         return found, True
     paths = PartPaths.of(job.prefix)
     paths.marker.unlink(missing_ok=True)
-    for left_by_killed_run in job.prefix.parent.glob(f"{job.prefix.name}.*.tmp*"):
-        left_by_killed_run.unlink(missing_ok=True)
     part = _write_part(job, paths, advance)
     write_durably(paths.marker, orjson.dumps(part, option=orjson.OPT_INDENT_2))
     return part, False

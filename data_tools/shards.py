@@ -8,7 +8,7 @@ were made of; a shard without one is not finished.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import orjson
@@ -16,13 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_tools.documents import open_documents
 from data_tools.files import sha256_file, write_durably
-from data_tools.index import index_bytes, read_index
+from data_tools.index import index_bytes, misplaced_sequence, read_index
 from data_tools.tokenizer import TokenizerRecord
 
 FORMAT_VERSION = 2
 VERIFY_TOKENS = 1 << 24
 ROWS = 1 << 20  # documents looked at together
 TokenType = Literal["uint16", "int32"]
+T = TypeVar("T")
 
 
 def token_type(dtype: np.dtype) -> TokenType:
@@ -109,18 +110,26 @@ class Manifest:
             ShardError: no such file, broken JSON, a missing or mistyped key, or another format
                 version.
         """
-        try:
-            manifest = TypeAdapter(cls).validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{path} does not exist: no finished shard has this prefix; "
-                "make one with `python -m data_tools.tokenize --output PREFIX`"
-            ) from error
-        except ValidationError as error:
-            raise ShardError(f"{path}: {first_problem(error)}") from error
-        if manifest.format_version != FORMAT_VERSION:
-            raise ShardError(f"{path}: format_version {manifest.format_version}, this code reads {FORMAT_VERSION}")
+        advice = "no finished shard has this prefix; make one with `python -m data_tools.tokenize --output PREFIX`"
+        manifest = read_json(cls, path, advice)
+        check_version(path, manifest.format_version, FORMAT_VERSION)
         return manifest
+
+
+def read_json(kind: type[T], path: Path, advice: str) -> T:
+    """A dataclass from its JSON; ShardError for no such file (with the advice), broken JSON, a wrong or missing key."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} does not exist: {advice}") from error
+    except ValidationError as error:
+        raise ShardError(f"{path}: {first_problem(error)}") from error
+
+
+def check_version(path: Path, found: int, known: int) -> None:
+    """ShardError for a file of another format version."""
+    if found != known:
+        raise ShardError(f"{path}: format_version {found}, this code reads {known}")
 
 
 def first_problem(error: ValidationError) -> str:
@@ -133,7 +142,7 @@ class Shard:
     """An opened shard: item i is document i's ids, read-only (tokens,) of `dtype`."""
 
     def __init__(self, paths: ShardPaths) -> None:
-        index = read_index(paths.idx)
+        self.index = index = read_index(paths.idx)
         self.dtype = index.dtype
         self.sequence_lengths = index.sequence_lengths
         self._starts = index.sequence_pointers
@@ -146,30 +155,37 @@ class Shard:
         start = int(self._starts[document]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[document])]
 
-    def check_places(self) -> None:
-        """ShardError names the first document that is not where the one before it ends, or has no token."""
-        end = 0
-        for first in range(0, len(self), ROWS):
-            lengths = self.sequence_lengths[first : first + ROWS]
-            ends = end + np.cumsum(lengths, dtype=np.int64)
-            wrong = np.flatnonzero(
-                (lengths < 1) | (self._starts[first : first + ROWS] != (ends - lengths) * self.dtype.itemsize)
-            )
-            if len(wrong):
-                raise ShardError(f"document {first + wrong[0]} of the index is not where the one before it ends")
-            end = int(ends[-1])
-
     def ends_without(self, eos_id: int) -> list[int]:
         """Documents whose last token is another; their places are to be checked before."""
         found: list[int] = []
         for first in range(0, len(self), ROWS):
-            last = (
-                self._starts[first : first + ROWS] // self.dtype.itemsize
-                + self.sequence_lengths[first : first + ROWS]
-                - 1
-            )
+            starts = self._starts[first : first + ROWS] // self.dtype.itemsize
+            last = starts + self.sequence_lengths[first : first + ROWS] - 1
             found += (np.flatnonzero(self.tokens[last] != eos_id) + first).tolist()
         return found
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A shard's files, documents and tokens."""
+
+    bin: Path
+    idx: Path
+    documents: int
+    tokens: int
+
+
+def check_sizes(shard: ShardFiles, dtype: np.dtype) -> None:
+    """ShardError where a file of the shard is missing or has not the size of its documents and tokens."""
+    sizes = {shard.bin: shard.tokens * dtype.itemsize, shard.idx: index_bytes(shard.documents)}
+    for path, size in sizes.items():
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing beside its manifest; make it again") from None
+        if found != size:
+            described = f"{shard.documents} documents and {shard.tokens} tokens"
+            raise ShardError(f"{path} has {found} bytes; the manifest's {described} take {size}")
 
 
 def open_shard(prefix: str | Path) -> Shard:
@@ -179,16 +195,8 @@ def open_shard(prefix: str | Path) -> Shard:
         ShardError: no manifest, a missing or cut file, or other counts than the manifest's.
     """
     paths, manifest = ShardPaths.of(prefix), Manifest.read(ShardPaths.of(prefix).manifest)
-    sizes = {
-        paths.bin: manifest.tokens * np.dtype(manifest.dtype).itemsize,
-        paths.idx: index_bytes(manifest.documents),
-    }
-    described = f"{manifest.documents} documents and {manifest.tokens} tokens"
-    for path, size in sizes.items():
-        if not path.is_file():
-            raise ShardError(f"{path} is missing beside its manifest; run data_tools.tokenize again")
-        if (found := path.stat().st_size) != size:
-            raise ShardError(f"{path} has {found} bytes; the manifest's {described} take {size}")
+    files = ShardFiles(paths.bin, paths.idx, manifest.documents, manifest.tokens)
+    check_sizes(files, np.dtype(manifest.dtype))
     try:
         shard = Shard(paths)
     except ValueError as error:
@@ -240,10 +248,8 @@ def hash_problem(path: Path, sha256: str, on_bytes: Callable[[int], None] = lamb
 
 def token_problems(shard: Shard, tokenizer: TokenizerRecord) -> list[str]:
     """Documents out of place, ids outside the vocabulary, documents that don't end with EOS, and EOS elsewhere."""
-    try:
-        shard.check_places()
-    except ShardError as error:
-        return [str(error)]
+    if (wrong := misplaced_sequence(shard.index, shortest=1)) is not None:
+        return [f"document {wrong} of the index is not where the one before it ends"]
     tokens, eos_id = shard.tokens, tokenizer.eos_id
     # int32 covers the stored types (uint16 and int32), and so finds negative ids too.
     outside = eos_count = 0

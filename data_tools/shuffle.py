@@ -145,10 +145,12 @@ def _write_runs(job: RunsJob, advance: Callable[[int], None]) -> np.ndarray:
 
 def _chosen(job: RunsJob) -> np.ndarray:
     """The group's chosen documents, as `CHOSEN`, in the order of the input."""
-    return np.concatenate([_chosen_of(job, number) for number in range(len(job.stretches))])
+    first, last = job.stretches[0].span, job.stretches[-1].span  # a group's documents are numbered end to end
+    dropped = _dropped(first.number, last.number + last.count, job.assignment.dropped)
+    return np.concatenate([_chosen_of(job, number, dropped) for number in range(len(job.stretches))])
 
 
-def _chosen_of(job: RunsJob, number: int) -> np.ndarray:
+def _chosen_of(job: RunsJob, number: int, dropped: np.ndarray) -> np.ndarray:
     stretch, assignment = job.stretches[number], job.assignment
     rows = stretch.span.rows()
     if rows["tokens"].sum(dtype=np.int64) != stretch.tokens:
@@ -168,19 +170,20 @@ def _chosen_of(job: RunsJob, number: int) -> np.ndarray:
             after = np.searchsorted(np.array(bounds.starts, PLACE), place, side="right")
             # Only documents that don't count stand before the first shard's start; they go below.
             chosen["shard"][own] = bounds.shard + after - 1
-    taken[_dropped(stretch.span, assignment.dropped)] = False
+    within = np.searchsorted(dropped, [stretch.span.number, stretch.span.number + stretch.span.count])
+    taken[dropped[slice(*within)] - stretch.span.number] = False
     return chosen[taken]
 
 
-def _dropped(span: Span, files: list[Path]) -> np.ndarray:
-    """Which of the span's documents don't count, by position."""
+def _dropped(number: int, end: int, files: list[Path]) -> np.ndarray:
+    """Which of the documents `number` … `end` − 1 don't count, ascending."""
     found = []
     for path in files:
         if path.stat().st_size:
             numbers = np.memmap(path, NUMBER, "r")
-            first, end = np.searchsorted(numbers, [span.number, span.number + span.count])
-            found.append(np.array(numbers[first:end], np.int64) - span.number)
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+            within = np.searchsorted(numbers, [number, end])
+            found.append(np.array(numbers[slice(*within)], np.int64))
+    return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
 def _write_run(job: RunsJob, chosen: np.ndarray, path: Path) -> np.ndarray:

@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from data_tools.command import exit_status
-from data_tools.corpus import Inputs, finished_parts, open_parts, part_name, parts_folder
+from data_tools.corpus import Inputs, corpus_of, finished_parts, part_name, parts_folder
 from data_tools.estimate import estimate
 from data_tools.files import replace_durably, sha256_file, unchanged_since, write_durably
 from data_tools.index import token_dtype
 from data_tools.jobs import run_jobs
 from data_tools.lock import lock
 from data_tools.merge import merge_parts
-from data_tools.parts import Part, PartJob, PartPaths, make_part
+from data_tools.parts import Part, PartJob, PartPaths, make_part, remove_leftovers
 from data_tools.pool import worker_pool
 from data_tools.progress import BytesProgress
 from data_tools.quarantine import SUFFIX
@@ -99,6 +99,7 @@ class Outcome:
 
 
 WHOLE = Task(0, 1)
+Count = TypeVar("Count", int, Counts)
 
 
 def tokenize(
@@ -145,7 +146,7 @@ def make_shard(plan: Plan, workers: int, overwrite: bool = False) -> Outcome:
         outcome = _make_parts(plan, WHOLE, workers)
         if not outcome.total.documents:
             raise ShardError(f"{len(plan.files)} files, and no document with text in them")
-        manifest = _merge(plan, paths)
+        manifest = _merge(plan, inputs, paths)
         shutil.rmtree(plan.folder)
     return replace(outcome, manifest=manifest)
 
@@ -194,6 +195,7 @@ def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
     jobs = plan.jobs(task)
     if not jobs:  # fewer files than tasks
         return Outcome(Counts(), 0, {}, [], [])
+    remove_leftovers(jobs, plan.folder)
     sizes = {job.prefix: job.source.stat().st_size for job in jobs}
     # The largest first, so that none is left over at the end.
     jobs.sort(key=lambda job: sizes[job.prefix], reverse=True)
@@ -209,14 +211,14 @@ def _make_parts(plan: Plan, task: Task, workers: int) -> Outcome:
     )
 
 
-def _merge(plan: Plan, paths: ShardPaths) -> Manifest:
-    merged, corpus = ShardPaths.of(plan.folder / "merged"), open_parts(plan.prefix)
+def _merge(plan: Plan, inputs: Inputs, paths: ShardPaths) -> Manifest:
+    merged, parts = ShardPaths.of(plan.folder / "merged"), finished_parts(inputs, plan.folder)
+    corpus = corpus_of(parts, inputs, plan.folder)
     for left_by_killed_run in plan.folder.glob("merged.*"):
         left_by_killed_run.unlink()
     size = sum(piece.tokens for piece in corpus.pieces) * corpus.dtype.itemsize
     with BytesProgress("merging", size) as progress:
         hashes = merge_parts(corpus, merged, progress.advance)
-    parts = finished_parts(Inputs.of(plan.files, plan.tokenizer), plan.folder)
     manifest = _manifest(parts, plan.tokenizer, hashes)
     # The manifest goes first and comes last: at no time does it stand beside files it doesn't mean.
     paths.manifest.unlink(missing_ok=True)
@@ -228,17 +230,14 @@ def _merge(plan: Plan, paths: ShardPaths) -> Manifest:
 
 
 def _manifest(parts: list[Part], tokenizer: Tokenizer, hashes: dict[str, str]) -> Manifest:
-    sets: dict[str, Counts] = {}
-    for part in parts:
-        for name, counts in part.sets.items():
-            sets[name] = sets.get(name, Counts()) + counts
+    sets = _sum_by_name(part.sets for part in parts)
     total = reduce(add, sets.values())
     return Manifest(
         format_version=FORMAT_VERSION,
         documents=total.documents,
         tokens=total.tokens,
         text_bytes=total.text_bytes,
-        sets=dict(sorted(sets.items())),
+        sets=sets,
         empty_documents=sum(part.empty_documents for part in parts),
         bad=_sum_by_name(part.bad for part in parts),
         dtype=token_type(token_dtype(tokenizer.vocab_size)),
@@ -248,11 +247,11 @@ def _manifest(parts: list[Part], tokenizer: Tokenizer, hashes: dict[str, str]) -
     )
 
 
-def _sum_by_name(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+def _sum_by_name(counts: Iterable[dict[str, Count]]) -> dict[str, Count]:
+    total: dict[str, Count] = {}
     for one in counts:
         for name, number in one.items():
-            total[name] = total.get(name, 0) + number
+            total[name] = total[name] + number if name in total else number
     return dict(sorted(total.items()))
 
 

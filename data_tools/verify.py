@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.contents import Kind, ShardView, find_kind, open_contents
-from data_tools.dataset import MANIFEST, TOKENIZER, DatasetManifest, ShardFiles, ShardRecord, check_sizes
+from data_tools.dataset import MANIFEST, TOKENIZER, DatasetManifest, ShardRecord
+from data_tools.index import misplaced_sequence
 from data_tools.progress import BytesProgress
-from data_tools.shards import Shard, ShardPaths, hash_problem, token_problems, verify_shard
+from data_tools.shards import Shard, ShardFiles, ShardPaths, check_sizes, hash_problem, token_problems, verify_shard
 
 CHUNK_TOKENS = 1 << 24
 CHUNK_SEQUENCES = 1 << 20
@@ -120,16 +121,9 @@ def _verify_megatron(path: str, tokenizer: str | None, on_bytes: OnBytes) -> lis
 
 def _index_problems(shard: ShardView) -> list[str]:
     """Sequences that don't lie end to end, or documents that are not in the order of their sequences."""
-    index, end, problems = shard.index, 0, []
-    for start in range(0, len(index.sequence_lengths), CHUNK_SEQUENCES):
-        lengths = index.sequence_lengths[start : start + CHUNK_SEQUENCES]
-        ends = end + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
-        starts = np.concatenate([[end], ends[:-1]])
-        wrong = np.flatnonzero((lengths < 0) | (index.sequence_pointers[start : start + len(lengths)] != starts))
-        if len(wrong):
-            problems.append(f"{shard.bin.with_suffix('.idx')}: sequence {start + wrong[0]} is not where the last ends")
-            break
-        end = int(ends[-1])
+    index, problems = shard.index, []
+    if (wrong := misplaced_sequence(index)) is not None:
+        problems.append(f"{shard.bin.with_suffix('.idx')}: sequence {wrong} is not where the last ends")
     for start in range(0, len(shard), CHUNK_SEQUENCES):
         backwards = np.flatnonzero(np.diff(index.document_indices[start : start + CHUNK_SEQUENCES + 1]) < 0)
         if len(backwards):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.dataset import Dataset, ShardFiles, Source
+from data_tools.dataset import Dataset, Source
 from data_tools.index import read_index
+from data_tools.shards import ShardFiles
 
 MOST_OPEN = 256  # files at a time; processes may often have no more than 1024
 

@@ -135,8 +135,8 @@ class Trainer:
 
         Raises CheckpointError, on every rank at the same step, where a save in the background failed.
         """
-        own = [float(self.stop.wanted()), float(self.writer.failed()), self.engine.forward_clock.read()]
-        own.append(self.batches.waited_seconds)
+        own = [float(self.stop.wanted()), float(self.writer.failed())]
+        own += [self.engine.forward_clock.read(), self.batches.waited_seconds]
         stops, failures, self.forward_seconds, self.data_seconds = zip(*self.mesh.gather(own), strict=True)
         self.stopping = Stop(int(max(stops)))
         if any(failures):

@@ -7,7 +7,7 @@ import pytest
 
 import data_tools.parts
 from data_tools.documents import open_documents
-from data_tools.parts import BadInput, Part, PartJob, PartPaths, make_part
+from data_tools.parts import BadInput, Part, PartJob, PartPaths, make_part, remove_leftovers
 from data_tools.tokenizer import TokenizerError
 
 
@@ -95,6 +95,7 @@ def test_what_a_killed_run_left_is_removed(job, make):
     for name in ("x.bin.tmp1", "x.documents.npy.tmp22"):
         (job.prefix.parent / name).write_bytes(b"half")
 
+    remove_leftovers([job], job.prefix.parent)
     make(job)
 
     assert sorted(path.name for path in job.prefix.parent.iterdir()) == ["x.bin", "x.documents.npy", "x.done.json"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_tools.dataset import Dataset, ShardFiles, Source, open_dataset
+from data_tools.dataset import Dataset, Source, open_dataset
 from data_tools.index import write_index
-from data_tools.shards import ShardError
+from data_tools.shards import ShardError, ShardFiles
 from pretrain import data as data_module
 from pretrain import shard_reader
 from pretrain.config import Config, ConfigError
