@@ -8,46 +8,38 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.rms_norm import rms_norm
 from longhorn_layers.config import ModelConfig
+from longhorn_layers.mlp import SwiGLU
+from longhorn_layers.norm import RMSNorm
 from longhorn_layers.registry import build_mixer
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, its maths and weight in fp32."""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
-
-    def forward(
-        self, residual: Tensor, update: Tensor | None = None, out_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(norm of `residual + update` in out_dtype (None: residual's), residual + update), in one pass over memory."""
-        out_dtype = out_dtype or residual.dtype
-        if update is None:
-            return rms_norm(residual, self.weight, eps=self.eps, out_dtype=out_dtype), residual
-        return rms_norm(update, self.weight, eps=self.eps, residual=residual, out_dtype=out_dtype)
-
-
 class Block(nn.Module):
-    """A norm and a mixer; the residual stream stays fp32 whatever the mixer computes in.
+    """A norm and a mixer, and where the model has one a norm and a SwiGLU; the residual stream stays fp32.
 
-    What the block before adds to the stream is added here, where the norm reads the sum anyway: (residual, update) →
-    (residual + update, mixer(norm(residual + update))). There is no update before the first block.
+    What is added to the stream is added where the next norm reads the sum anyway: (residual, update) → (residual +
+    update, mixer(norm(residual + update))). There is no update before the first block.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = build_mixer(config)
+        self.mlp: SwiGLU | None = None
+        if config.d_ff:
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = SwiGLU(config.d_model, config.d_ff, config.residual_writes)
 
     def forward(
         self, residual: Tensor, update: Tensor | None, cu_seqlens: Tensor | None = None, state: Any = None
     ) -> tuple[Tensor, Tensor]:
-        normed, residual = self.norm(residual, update, _matmul_dtype(residual))
-        return residual, self.mixer(normed, cu_seqlens=cu_seqlens, state=state)
+        dtype = _matmul_dtype(residual)
+        normed, residual = self.norm(residual, update, dtype)
+        update = self.mixer(normed, cu_seqlens=cu_seqlens, state=state)
+        if self.mlp is not None:
+            normed, residual = self.mlp_norm(residual, update, dtype)
+            update = self.mlp(normed)
+        return residual, update
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -86,8 +78,9 @@ class DecodeState:
 class LanguageModel(nn.Module):
     """Tokens to logits or loss.
 
-    Parameters: `embedding.weight`, `blocks.{i}.norm.weight`, `blocks.{i}.mixer.*`, `norm.weight`, and `head.weight`
-    where it is not tied to the embedding. `activation_checkpointing` recomputes each block in the backward.
+    Parameters: `embedding.weight`, `blocks.{i}.{norm.weight, mixer.*, mlp_norm.weight, mlp.*}`, `norm.weight`, and
+    `head.weight` where it is not tied to the embedding. `activation_checkpointing` recomputes each block in the
+    backward.
     """
 
     def __init__(self, config: ModelConfig) -> None:

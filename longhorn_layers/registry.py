@@ -5,31 +5,32 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from longhorn_layers.config import LonghornConfig, MixerConfig, ModelConfig
+from longhorn_layers.attention import AttentionMixer
+from longhorn_layers.config import AttentionConfig, GLAConfig, LonghornConfig, MambaConfig, MixerConfig, ModelConfig
+from longhorn_layers.gla import GLAMixer
 from longhorn_layers.longhorn import LonghornMixer
+from longhorn_layers.mamba import MambaMixer
 
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """`build(config, d_model, n_layer)` makes the module for one layer."""
+    """`build(config, d_model, residual_writes)` makes the module for one layer."""
 
     config: type[MixerConfig]
     build: Callable[..., nn.Module]
 
 
-MIXERS: dict[str, MixerSpec] = {"longhorn": MixerSpec(LonghornConfig, LonghornMixer)}
-
-# The authors' rule: twice the layers of the transformer of that name. Launch presets hold the same numbers.
-SIZES: dict[str, ModelConfig] = {
-    "125m": ModelConfig(n_layer=24, d_model=768),
-    "350m": ModelConfig(n_layer=48, d_model=1024),
-    "1p3b": ModelConfig(n_layer=48, d_model=2048),
+MIXERS: dict[str, MixerSpec] = {
+    "longhorn": MixerSpec(LonghornConfig, LonghornMixer),
+    "mamba": MixerSpec(MambaConfig, MambaMixer),
+    "gla": MixerSpec(GLAConfig, GLAMixer),
+    "attention": MixerSpec(AttentionConfig, AttentionMixer),
 }
 
 
 def build_mixer(config: ModelConfig) -> nn.Module:
-    """The mixer of one layer. Raises ValueError for a name that is not registered."""
+    """The mixer of one layer. Raises ValueError for a name that is not registered, or sizes that don't divide."""
     name = config.mixer.name
     if name not in MIXERS:
         raise ValueError(f"model.mixer.name: {name!r} is not one of {sorted(MIXERS)}")
-    return MIXERS[name].build(config.mixer, config.d_model, config.n_layer)
+    return MIXERS[name].build(config.mixer, config.d_model, config.residual_writes)

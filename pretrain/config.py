@@ -1,7 +1,9 @@
 """The run's config: dataclass defaults < one YAML file < `a.b=c` on the command line.
 
-Unknown keys and wrong types are errors that name the key and, for a key, the nearest right one. The resolved
-config is saved with the run and in each checkpoint.
+A file may begin with `extends: OTHER.yaml` (a path from its own folder): that one is read first. What names another
+mixer than the layers before it starts the mixer's keys anew, as each mixer has its own. Unknown keys and wrong types
+are errors that name the key and, for a key, the nearest right one. The resolved config is saved with the run and in
+each checkpoint.
 """
 
 import difflib
@@ -11,11 +13,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import torch
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from longhorn_layers.config import ModelConfig
-from longhorn_layers.registry import MIXERS
+from longhorn_layers.registry import MIXERS, build_mixer
 
 COLLECTIVE_TIMEOUT = 1800  # seconds: a rank that waits longer for the others has lost one
 LONGEST_STEP_TIMEOUT = 1500  # the watchdog, which says where every rank was, must be the first to end a hang
@@ -24,6 +27,7 @@ WANDB_MODES = ("offline", "online", "disabled")
 MINIMA = {
     **{f"model.{name}": 1 for name in ("vocab_size", "d_model", "n_layer")},
     **{f"train.{name}": 1 for name in ("total_tokens", "global_batch_size", "micro_batch_size")},
+    "model.d_ff": 0,
     "data.seqlen": 1,
     "parallel.tensor": 1,
     "checkpoint.interval": 1,
@@ -110,10 +114,11 @@ class RecoveryConfig:
 
 @dataclass
 class EvalConfig:
-    """Validation loss during training, at the training context."""
+    """Validation loss during training, at the training context and others."""
 
     interval: int = 500  # steps; 0: never
     tokens: int = 10_000_000
+    contexts: list[int] = field(default_factory=list)  # besides data.seqlen; each of all must divide the largest
 
 
 @dataclass
@@ -168,31 +173,68 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError (naming file and key) and FileNotFoundError (with the presets that exist).
     """
-    path = Path(path)
-    if not path.is_file():
-        presets = ", ".join(sorted(str(p) for p in Path("launch/configs").glob("*.yaml")))
-        raise FileNotFoundError(f"{path}: no such config file; presets here: {presets or 'none'}")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override!r}: an override is written key=value, like train.seed=1")
-    try:
-        from_file = OmegaConf.load(path)
-        from_line = OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # YAML's errors share no base class with OmegaConf's
-        raise ConfigError(f"{path}: not a config: {error}") from error
-    merged = _structured(from_file, from_line)
-    for source, layer in ((str(path), from_file), ("command line", from_line)):
-        merged = _merge(merged, layer, source)
+    layers = read_layers(path, overrides)
+    _forget_other_mixers([layer for _, layer in layers])
+    merged = _structured(*(layer for _, layer in layers))
+    for source, layer in layers:
+        merged = merge(merged, layer, source)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     validate(config)
     return config
 
 
+def read_layers(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """(where it is from, keys): the files that `path` extends, `path`, the command line; for `merge`, in this order.
+
+    Raises ConfigError, and FileNotFoundError with the configs that exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        configs = ", ".join(sorted(str(p) for p in Path("launch/configs").glob("*.yaml")))
+        raise FileNotFoundError(f"{path}: no such config file; configs here: {configs or 'none'}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: an override is written key=value, like train.seed=1")
+    layers = _files(path, ())
+    try:
+        return [*layers, ("command line", OmegaConf.from_dotlist(list(overrides)))]
+    except Exception as error:  # YAML's errors share no base class with OmegaConf's
+        raise ConfigError(f"command line: {error}") from error
+
+
+def _files(path: Path, extending: tuple[Path, ...]) -> list[tuple[str, Any]]:
+    """The file's content by its name, after that of the files that it extends."""
+    if path.resolve() in extending:
+        raise ConfigError(f"{path}: extends itself, by way of {' → '.join(map(str, extending))}")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # YAML's errors share no base class with OmegaConf's
+        raise ConfigError(f"{path}: not a config: {error}") from error
+    base = layer.pop("extends", None) if isinstance(layer, DictConfig) else None
+    if base is None:
+        return [(str(path), layer)]
+    extended = path.parent / str(base)
+    if not extended.is_file():
+        raise ConfigError(f"{path}: extends {base}, but there is no file {extended}")
+    return [*_files(extended, (*extending, path.resolve())), (str(path), layer)]
+
+
+def _forget_other_mixers(layers: list[Any]) -> None:
+    """Drop the mixer's keys of every layer before one that names another mixer."""
+    current = ModelConfig().mixer.name
+    for place, layer in enumerate(layers):
+        name = OmegaConf.select(layer, "model.mixer.name", default=current)
+        for earlier in layers[:place] if name != current else []:
+            if OmegaConf.select(earlier, "model.mixer") is not None:
+                earlier.model.pop("mixer")
+        current = name
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`, with the same checks as a file's."""
     layer = OmegaConf.create(values)
-    config = OmegaConf.to_object(_merge(_structured(layer), layer, "saved config"))
+    config = OmegaConf.to_object(merge(_structured(layer), layer, "saved config"))
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -216,7 +258,8 @@ def _structured(*layers: Any) -> Any:
     return OmegaConf.structured(config)
 
 
-def _merge(base: Any, layer: Any, source: str) -> Any:
+def merge(base: Any, layer: Any, source: str) -> Any:
+    """A structured config with a layer's keys set. Raises ConfigError, naming `source` and the key, for a wrong one."""
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:
@@ -247,6 +290,7 @@ def validate(config: Config) -> None:
         section, name = key.split(".")
         if (value := getattr(getattr(config, section), name)) < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
+    _check_mixer(config.model)
     if config.recovery.step_timeout > LONGEST_STEP_TIMEOUT:
         raise ConfigError(
             f"recovery.step_timeout must be at most {LONGEST_STEP_TIMEOUT} (collectives end after "
@@ -261,6 +305,7 @@ def validate(config: Config) -> None:
     if sigmas is not None and sigmas <= 0:
         raise ConfigError(f"recovery.spike_sigmas must be above 0, got {sigmas}; null finds no spikes")
     _check_blend(config.data.blend)
+    _check_contexts(config)
     _one_of("train.precision", config.train.precision, PRECISIONS)
     _one_of("log.wandb", config.log.wandb, WANDB_MODES)
     _one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))
@@ -268,6 +313,29 @@ def validate(config: Config) -> None:
         raise ConfigError(f"optim.warmup_fraction must be in [0, 1), got {config.optim.warmup_fraction}")
     if config.optim.min_lr > config.optim.lr:
         raise ConfigError(f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}")
+
+
+def _check_mixer(model: ModelConfig) -> None:
+    try:
+        with torch.device("meta"):
+            build_mixer(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def validation_contexts(config: Config) -> list[int]:
+    """What the validation loss is measured at, in tokens, shortest first; the training context is always among them."""
+    return sorted({config.data.seqlen, *config.eval.contexts})
+
+
+def _check_contexts(config: Config) -> None:
+    contexts = validation_contexts(config)
+    for context in contexts:
+        if context < 1 or contexts[-1] % context:
+            raise ConfigError(
+                f"eval.contexts={config.eval.contexts}: {context} does not divide {contexts[-1]}, the largest (of them "
+                f"and data.seqlen={config.data.seqlen}): the same tokens could not be scored at both"
+            )
 
 
 def _check_blend(blend: dict[str, float]) -> None:

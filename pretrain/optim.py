@@ -8,12 +8,21 @@ from torch import nn
 from pretrain.config import Config, OptimConfig
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter multiplies activations: such decay, and may be held in bf16.
+
+    Mamba's A_log has two dimensions, but holds the logarithms of rates, one per channel and state: its authors, too,
+    keep it in fp32 and free of decay.
+    """
+    return parameter.dim() >= 2 and not name.endswith("A_log")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms and D (all one-dimensional) do not."""
-    parameters = list(model.parameters())
+    """Matrices decay; biases, norms, D and A_log do not."""
+    named = list(model.named_parameters())
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in named if is_matrix(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
 
 
@@ -29,9 +38,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def cast_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store matrices in `dtype`; D, dt_bias, norms and other vectors stay fp32, as does the state's maths."""
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
+    """Store matrices in `dtype`; D, dt_bias, A_log, norms and other vectors stay fp32, as does the state's maths."""
+    for name, parameter in model.named_parameters():
+        if is_matrix(name, parameter):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -160,7 +160,10 @@ class Trainer:
             log.skipped(step, self.guard.reason, self.data.documents(step - 1))
 
     def _validate_if_due(self, log: MetricsLog | None, dog: Watchdog) -> float | None:
-        """The validation loss, or None where none is due or a stop came in between: it is then made up for."""
+        """The validation loss at the training context, or None where none is due or a stop came in between.
+
+        Then it is made up for.
+        """
         if self.validation is None:
             return None
         self.unvalidated = self._due(self.config.eval.interval)
@@ -172,13 +175,13 @@ class Trainer:
             self.stopping = Stop(int(max(row[0] for row in self.mesh.gather([float(self.stop.wanted())]))))
             return bool(self.stopping)
 
-        loss = self.validation.measure(self.engine, interrupted)
-        self.unvalidated = loss is None
-        if log and loss is not None:
-            log.validation(self.progress.step, loss)
+        losses = self.validation.measure(self.engine, interrupted)
+        self.unvalidated = losses is None
+        if log and losses is not None:
+            log.validation(self.progress.step, losses)
         if log:
             log.resume_clock()
-        return loss
+        return None if losses is None else losses[self.config.data.seqlen]
 
     def train_step(self) -> dict[str, Any] | None:
         """One optimizer step over the global batch; returns its loss (nats per token), gradient norm and rate.
@@ -291,5 +294,6 @@ def run_identity(config: Config, data: TrainingData) -> dict[str, Any]:
             "seqlen": config.data.seqlen,
             "reset_at_eos": config.data.reset_at_eos,
         },
+        "tokenizer": {"sha256": data.dataset.tokenizer.sha256},
         "train": {key: values["train"][key] for key in ("total_tokens", "global_batch_size", "seed", "precision")},
     }

@@ -43,29 +43,30 @@ def check_tensors(
     for name, tensor in vectors.items():
         check_shape(name, tensor, (d_inner,), u)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, u)
+        check_cu_seqlens(cu_seqlens, u)
     n_seq = batch if cu_seqlens is None else len(cu_seqlens) - 1
     check_shape("initial_state", initial_state, (n_seq, d_inner, d_state), u)
 
 
-def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], u: Tensor) -> None:
-    """ValueError unless `tensor`, where there is one, has this shape and lies on u's device."""
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, first: str = "u") -> None:
+    """ValueError unless `tensor`, where there is one, has this shape and is on the device of `like` (named `first`)."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != u.device:
-        raise ValueError(f"{name} must be on u's device, {u.device}, got {tensor.device}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {first}'s device, {like.device}, got {tensor.device}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, u: Tensor) -> None:
-    batch, seqlen, _ = u.shape
+def check_cu_seqlens(cu_seqlens: Tensor, like: Tensor, first: str = "u") -> None:
+    """ValueError unless these are bounds of documents in `like`, (1, seqlen, …), named `first`."""
+    batch, seqlen = like.shape[:2]
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be int32 (n_seq + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs documents into a batch of 1, got batch {batch}")
-    if cu_seqlens.device != u.device:
-        raise ValueError(f"cu_seqlens must be on u's device, {u.device}, got {cu_seqlens.device}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"cu_seqlens must be on {first}'s device, {like.device}, got {cu_seqlens.device}")
     if cu_seqlens.is_cuda:
         return  # reading the values would wait for the GPU at every layer
     bounds = cu_seqlens.tolist()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -139,9 +139,16 @@ def split_world(tensor: int, device: torch.device) -> Iterator[Mesh]:
     try:
         yield _mesh(device, *hosts)
     finally:
-        for group in hosts:
+        _leave_groups(hosts)
+
+
+def _leave_groups(hosts: list[dist.ProcessGroup]) -> None:
+    """megatron-core forgets its groups without ending them; each would keep its threads until the process ends."""
+    groups = {group for group in parallel_state._global_process_group_list or [] if group is not None}
+    parallel_state.destroy_model_parallel()
+    for group in [*hosts, *groups]:
+        with suppress(ValueError):  # megatron-core has some that torch does not count as a group
             dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
 
 
 def _mesh(device: torch.device, control_group: dist.ProcessGroup, writer_group: dist.ProcessGroup) -> Mesh:

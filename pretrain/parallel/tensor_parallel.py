@@ -21,8 +21,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from kernels.cross_entropy import VocabShard, linear_cross_entropy
+from kernels.rms_norm import rms_norm
 from longhorn_layers.config import ModelConfig
 from longhorn_layers.model import LanguageModel, LMHead
+from longhorn_layers.norm import HeadNorm
 from pretrain.config import ConfigError
 from pretrain.parallel.mesh import Mesh
 
@@ -100,6 +102,38 @@ class RowThenColumnLinear(RowParallelLinear):
         return copy_to_tensor_model_parallel_region(super().forward(x))
 
 
+def share_input(module: nn.Module) -> None:
+    """Let linears that are cut over their outputs read one input: its gradient is summed over ranks once, not by each.
+
+    `module`'s first argument is then the same on every rank forward, and each rank's own part of the gradient backward:
+    what is inside and not cut must hand its own gradient on to `copy_to_tensor_model_parallel_region`, as below.
+    """
+    module.register_forward_pre_hook(lambda _, inputs: (copy_to_tensor_model_parallel_region(inputs[0]), *inputs[1:]))
+
+
+class SharedLinear(nn.Module):
+    """A linear that every rank holds whole, for its own heads: the weight's gradient is summed over ranks."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, copy_to_tensor_model_parallel_region(self.weight))
+
+
+class SharedHeadNorm(nn.Module):
+    """A norm with one weight for all heads, of which each rank has some: the weight's gradient is summed over ranks."""
+
+    def __init__(self, norm: HeadNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight)
+        return rms_norm(x, weight, eps=self.eps)  # type: ignore[return-value]  # one tensor: there is no residual
+
+
 class VocabParallelEmbedding(nn.Module):
     """Each rank holds a range of the vocabulary; the others' rows come by the sum."""
 
@@ -165,7 +199,52 @@ def shard_longhorn(mixer: Any, mesh: Mesh) -> None:
     mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
 
 
-PLANS: dict[str, Plan] = {"longhorn": shard_longhorn}
+def shard_mamba(mixer: Any, mesh: Mesh) -> None:
+    """Longhorn's plan, as dt_low, B and C are its dt_low, k and q; the rates are by channel too."""
+    shard_longhorn(mixer, mesh)
+    mixer.A_log = shard_parameter(mixer.A_log, mesh, dim=0)
+
+
+def shard_gla(mixer: Any, mesh: Mesh) -> None:
+    """Each rank has some heads, with their keys' decays; the decay's narrow projection is whole on every rank."""
+    _check_heads(len(mixer.decay_bias) // mixer.key_dim, mesh)
+    share_input(mixer)
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.decay_up):
+        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    mixer.decay_down = SharedLinear(mixer.decay_down)
+    mixer.decay_bias = shard_parameter(mixer.decay_bias, mesh, dim=0)
+    mixer.norm = SharedHeadNorm(mixer.norm)
+    mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
+
+
+def shard_attention(mixer: Any, mesh: Mesh) -> None:
+    """Each rank has some heads."""
+    _check_heads(mixer.q_proj.out_features // mixer.head_dim, mesh)
+    share_input(mixer)
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj):
+        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
+
+
+def shard_mlp(mlp: Any, mesh: Mesh) -> None:
+    """Each rank has some of the SwiGLU's inner channels."""
+    share_input(mlp)
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    mlp.down_proj = RowParallelLinear(mlp.down_proj, mesh)
+
+
+def _check_heads(heads: int, mesh: Mesh) -> None:
+    if heads % mesh.tensor_size:
+        raise ConfigError(f"{heads} heads do not divide among {mesh.tensor_size} tensor ranks")
+
+
+PLANS: dict[str, Plan] = {
+    "longhorn": shard_longhorn,
+    "mamba": shard_mamba,
+    "gla": shard_gla,
+    "attention": shard_attention,
+}
 
 
 def shard_model(model: LanguageModel, mesh: Mesh) -> LanguageModel:
@@ -185,6 +264,8 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> LanguageModel:
     model.add_module("head", head)
     for block in model.blocks:
         PLANS[config.mixer.name](block.mixer, mesh)
+        if block.mlp is not None:
+            shard_mlp(block.mlp, mesh)
     audit(model, config, mesh)
     return model
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.clock import DeviceClock
 from pretrain.config import Config
-from pretrain.optim import build_optimizer, cast_matrices
+from pretrain.optim import build_optimizer, cast_matrices, is_matrix
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, sharding_of
 
@@ -210,8 +210,8 @@ def _use_bf16_matrices(model: nn.Module, stage: int) -> None:
     """
     if stage != 3:
         return cast_matrices(model, torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
+    for name, parameter in model.named_parameters():
+        if is_matrix(name, parameter):
             setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
 
 

@@ -1,18 +1,31 @@
 """The plain language model: sizes, initialisation, state, documents, loss."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from longhorn_layers.config import LonghornConfig, MixerConfig, ModelConfig
+from longhorn_layers.config import AttentionConfig, GLAConfig, LonghornConfig, MambaConfig, MixerConfig, ModelConfig
 from longhorn_layers.longhorn import LonghornMixer
 from longhorn_layers.model import LanguageModel, count_parameters
-from longhorn_layers.registry import SIZES
+from pretrain.config import load_config
+from pretrain.optim import cast_matrices
+
+SIZES = {"125m": 114_506_496, "350m": 351_224_832, "1p3b": 1_331_595_264}  # of Longhorn
+MIXERS = {
+    "longhorn": {"mixer": LonghornConfig()},
+    "exact": {"mixer": LonghornConfig(update="exact")},
+    "mamba": {"mixer": MambaConfig()},
+    "gla": {"mixer": GLAConfig(n_head=2), "d_ff": 48},
+    "llama": {"mixer": AttentionConfig(head_dim=16), "d_ff": 48},
+}
+every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
-def small_model(**options: object) -> LanguageModel:
+def small_model(name: str = "longhorn", **options: object) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(ModelConfig(vocab_size=200, d_model=32, n_layer=2, **options)).double()
+    return LanguageModel(ModelConfig(vocab_size=200, d_model=32, n_layer=2, **MIXERS[name], **options)).double()
 
 
 def tokens(*shape: int) -> Tensor:
@@ -21,27 +34,22 @@ def tokens(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_follow_the_formula(size: str) -> None:
-    config = SIZES[size]
-    n, d, inner, state, rank = (
-        config.n_layer,
-        config.d_model,
-        2 * config.d_model,
-        16,
-        -(-config.d_model // 16),
-    )
+    config = load_config(f"launch/configs/{size}.yaml").model
+    n, d, inner, state, rank = config.n_layer, config.d_model, 2 * config.d_model, 16, -(-config.d_model // 16)
     formula = n * (3 * d * inner + inner * (rank + 2 * state) + rank * inner + 7 * inner + d) + 32000 * d + d
-    assert count_parameters(config) == formula
-
-
-def test_1p3b_has_the_published_count() -> None:
-    assert count_parameters(SIZES["1p3b"]) == 1_331_595_264
+    assert count_parameters(config) == formula == SIZES[size]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_presets_are_the_sizes(size: str) -> None:
-    from pretrain.config import load_config
-
-    assert load_config(f"launch/configs/{size}.yaml").model == SIZES[size]
+def test_presets_of_other_mixers_have_as_many_parameters_and_the_same_recipe(size: str) -> None:
+    ours, others = load_config(f"launch/configs/{size}.yaml"), sorted(Path("launch/configs").glob(f"*-{size}.yaml"))
+    assert len(others) == (2 if size == "1p3b" else 6)
+    for path in others:
+        other = load_config(path)
+        assert count_parameters(other.model) == pytest.approx(SIZES[size], rel=0.0105), path
+        assert other.run_dir == f"runs/{path.stem}"
+        other.model, other.run_dir = ours.model, ours.run_dir
+        assert other == ours, path
 
 
 def test_initialisation() -> None:
@@ -60,9 +68,9 @@ def test_initialisation() -> None:
     assert untied.head.weight.shape == (256, 32) and untied.head.weight is not untied.embedding.weight
 
 
-@pytest.mark.parametrize("update", ["diagonal", "exact"])
-def test_chunks_and_single_tokens_with_state_equal_the_whole(update: str) -> None:
-    model, ids = small_model(mixer=LonghornConfig(update=update)), tokens(3, 40)
+@every_mixer
+def test_chunks_and_single_tokens_with_state_equal_the_whole(name: str) -> None:
+    model, ids = small_model(name), tokens(3, 40)
     with torch.no_grad():
         whole = model(ids)
         state, parts = model.new_state(3), []
@@ -71,21 +79,24 @@ def test_chunks_and_single_tokens_with_state_equal_the_whole(update: str) -> Non
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
 
 
-def test_packed_documents_equal_separate_ones() -> None:
-    model, ids = small_model(), tokens(1, 50)
+@every_mixer
+def test_packed_documents_equal_separate_ones(name: str) -> None:
+    model, ids = small_model(name), tokens(1, 50)
     bounds = [0, 2, 30, 50]  # the first is shorter than the convolution
     packed = model(ids, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         torch.testing.assert_close(packed[:, start:end], model(ids[:, start:end]), rtol=1e-10, atol=1e-10)
 
 
-def test_a_token_does_not_see_the_future() -> None:
-    model, ids = small_model(), tokens(1, 30)
+@every_mixer
+def test_a_token_does_not_see_the_future(name: str) -> None:
+    model, ids = small_model(name), tokens(1, 30)
     changed = ids.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 200
     with torch.no_grad():
-        a, b = model(ids), model(changed)
-    assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20], b[:, 20])
+        a, b = model(ids)[..., :200], model(changed)[..., :200]
+    torch.testing.assert_close(a[:, :20], b[:, :20], rtol=0, atol=1e-14)
+    assert (a[:, 20:] - b[:, 20:]).abs().amax((0, 2)).min() > 1e-6  # every later token does see it
 
 
 def test_loss_is_the_cross_entropy_of_the_logits() -> None:
@@ -98,11 +109,12 @@ def test_loss_is_the_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(model(ids, targets), want.sum(), check_dtype=False)
 
 
+@every_mixer
 @pytest.mark.parametrize("tied", [True, False])
-def test_recomputed_activations_give_the_same_gradients(tied: bool) -> None:
+def test_recomputed_activations_give_the_same_gradients(name: str, tied: bool) -> None:
     gradients = []
     for recompute in (False, True):
-        model = small_model(tie_embeddings=tied)
+        model = small_model(name, tie_embeddings=tied)
         model.activation_checkpointing = recompute
         model(tokens(2, 20), tokens(2, 20)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -111,11 +123,10 @@ def test_recomputed_activations_give_the_same_gradients(tied: bool) -> None:
         assert gradient.any(), name
 
 
-def test_residual_stream_and_logits_stay_fp32_with_bf16_matrices() -> None:
-    model = small_model().float()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data = parameter.data.bfloat16()
+@every_mixer
+def test_residual_stream_and_logits_stay_fp32_with_bf16_matrices(name: str) -> None:
+    model = small_model(name).float()
+    cast_matrices(model, torch.bfloat16)
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0].dtype))
@@ -126,7 +137,7 @@ def test_residual_stream_and_logits_stay_fp32_with_bf16_matrices() -> None:
 
 
 def test_unknown_mixer_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'lstm' is not one of \['longhorn'\]"):
+    with pytest.raises(ValueError, match=r"'lstm' is not one of \['attention', 'gla', 'longhorn', 'mamba'\]"):
         LanguageModel(ModelConfig(mixer=MixerConfig(name="lstm")))
 
 

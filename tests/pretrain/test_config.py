@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from longhorn_layers.config import LonghornConfig
+from longhorn_layers.config import GLAConfig, LonghornConfig, MambaConfig
 from pretrain.config import Config, ConfigError, config_from_dict, config_to_dict, load_config
 
 
@@ -68,3 +68,40 @@ def test_the_paper_run() -> None:
     assert config.grad_accum_steps(32) == 4
     with pytest.raises(ConfigError, match="24; nearest that are: 1008 or 1032"):
         config.grad_accum_steps(3)
+
+
+def test_a_file_extends_another(tmp_path: Path, yaml: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    longer = tmp_path / "sub" / "longer.yaml"
+    longer.write_text("extends: ../run.yaml\ntrain: {total_tokens: 5}\nmodel: {mixer: {update: exact}}\n")
+    config = load_config(longer, ["train.micro_batch_size=1"])
+    assert (config.run_dir, config.train.seed, config.train.total_tokens) == ("somewhere", 7, 5)
+    assert config.model.mixer == LonghornConfig(d_state=8, update="exact")
+    yaml.write_text("extends: sub/longer.yaml\n")
+    with pytest.raises(ConfigError, match="run.yaml: extends itself, by way of .*run.yaml → .*longer.yaml"):
+        load_config(yaml)
+    longer.write_text("extends: none.yaml\n")
+    with pytest.raises(ConfigError, match="longer.yaml: extends none.yaml, but there is no file"):
+        load_config(longer)
+    yaml.write_text("train: {sed: 1}\n")
+    longer.write_text("extends: ../run.yaml\n")
+    with pytest.raises(ConfigError, match="run.yaml: unknown key 'train.sed'"):
+        load_config(longer)
+
+
+def test_another_mixer_starts_its_keys_anew(tmp_path: Path, yaml: Path) -> None:
+    assert load_config(yaml, ["model.mixer.name=mamba"]).model.mixer == MambaConfig()  # not the file's d_state
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: run.yaml\nmodel: {mixer: {name: gla, n_head: 2}}\n")
+    assert load_config(other, ["model.mixer.gate_rank=4"]).model.mixer == GLAConfig(n_head=2, gate_rank=4)
+    assert load_config(other, ["model.mixer.name=longhorn"]).model.mixer == LonghornConfig()
+    with pytest.raises(ConfigError, match="other.yaml: unknown key 'model.mixer.d_state'"):
+        other.write_text("extends: run.yaml\nmodel: {mixer: {name: gla, d_state: 2}}\n")
+        load_config(other)
+
+
+def test_a_mixer_that_does_not_fit_the_model_is_refused(yaml: Path) -> None:
+    with pytest.raises(ConfigError, match="model.mixer.head_dim=64 must be even and divide model.d_model=96"):
+        load_config(yaml, ["model.mixer.name=attention", "model.d_model=96"])
+    with pytest.raises(ConfigError, match="model.d_ff must be at least 0"):
+        load_config(yaml, ["model.d_ff=-1"])

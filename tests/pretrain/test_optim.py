@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longhorn_layers.config import ModelConfig
+from longhorn_layers.config import MambaConfig, ModelConfig
 from longhorn_layers.model import LanguageModel
 from pretrain.config import Config
 from pretrain.optim import cast_matrices, learning_rate, parameter_groups
@@ -30,6 +30,14 @@ def test_only_matrices_decay() -> None:
     mixer = "blocks.0.mixer."
     assert kept == {"blocks.0.norm.weight", "norm.weight"} | {mixer + n for n in ("D", "dt_bias", "conv.bias")}
     assert decayed | kept == set(names.values()) and not decayed & kept
+
+
+def test_rates_of_mamba_neither_decay_nor_lose_digits() -> None:
+    model = LanguageModel(ModelConfig(mixer=MambaConfig(), vocab_size=128, d_model=16, n_layer=1))
+    rates = model.blocks[0].mixer.A_log
+    assert any(p is rates for p in parameter_groups(model, 0.1)[1]["params"])
+    cast_matrices(model, torch.bfloat16)
+    assert rates.dtype == torch.float32 and model.blocks[0].mixer.in_proj.weight.dtype == torch.bfloat16
 
 
 def test_bf16_keeps_vectors_in_fp32() -> None:
