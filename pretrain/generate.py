@@ -1,6 +1,7 @@
 """Command: continue texts with a checkpoint's model.
 
 python -m pretrain.generate runs/125m --prompt "The state of the Union" --tokens 200 --top-p 0.9
+python -m pretrain.generate exports/longhorn-125m --prompt "The state of the Union"
 """
 
 import argparse
@@ -16,7 +17,8 @@ from data_tools.dataset import TOKENIZER, is_dataset
 from data_tools.shards import ShardPaths
 from data_tools.tokenizer import Tokenizer, TokenizerError, resolve_tokenizer
 from longhorn_layers.model import LanguageModel
-from pretrain.checkpoint import CheckpointError, LoadedModel, load_model
+from pretrain.checkpoint import CheckpointError, LoadedModel
+from pretrain.hf.folder import load_any
 
 SEPARATOR = "\n\n---\n\n"  # between the texts of several prompts
 
@@ -88,21 +90,30 @@ def generate(
 
 
 def tokenizer_file(loaded: LoadedModel, given: str | None) -> Path:
-    """The checkpoint's SentencePiece file: `given`, else the copy in the training dataset, or beside its shard.
+    """The model's SentencePiece file: `given`, else a copy beside the model, or in or beside its training data.
 
-    Raises TokenizerError where there is none, or it is another one.
+    Raises TokenizerError where there is none, or it is another one than the model was trained with.
     """
-    train = loaded.config.data.train
-    beside = Path(train) / TOKENIZER if is_dataset(train) else ShardPaths.of(train).tokenizer
-    path = resolve_tokenizer(given or beside)
-    if given is None and not path.is_file():
-        raise TokenizerError(f"{path}: the training shard's tokenizer isn't there; name a copy with --tokenizer")
-    if (found := Tokenizer.load(path).sha256) != loaded.tokenizer["sha256"]:
+    path = resolve_tokenizer(given) if given else _tokenizer_beside(loaded)
+    found, named = Tokenizer.load(path).sha256, loaded.tokenizer.get("sha256")
+    if named and found != named:
         raise TokenizerError(
-            f"{path}: its sha256 is {found}, but {loaded.path} was trained with "
-            f"{loaded.tokenizer['name']}, {loaded.tokenizer['sha256']}"
+            f"{path}: its sha256 is {found}, but {loaded.path} was trained with {loaded.tokenizer['name']}, {named}"
         )
     return path
+
+
+def _tokenizer_beside(loaded: LoadedModel) -> Path:
+    """In an export's folder, in that of an imported run, RUN of RUN/checkpoints/step_…, or with the training data."""
+    beside = [loaded.path / TOKENIZER]
+    if loaded.path.parent.name == "checkpoints":
+        beside.append(loaded.path.parents[1] / TOKENIZER)
+    if train := loaded.config.data.train:
+        beside.append(Path(train) / TOKENIZER if is_dataset(train) else ShardPaths.of(train).tokenizer)
+    for path in beside:
+        if path.is_file():
+            return path
+    raise TokenizerError(f"{beside[-1]}: the model's tokenizer isn't there; name a copy with --tokenizer")
 
 
 def complete(
@@ -128,7 +139,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's")
+    model = "a run's folder (its newest checkpoint), a checkpoint's, or one that transformers reads"
+    parser.add_argument("checkpoint", type=Path, help=model)
     parser.add_argument(
         "--prompt",
         required=True,
@@ -147,7 +159,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="draw from the likeliest that hold P: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="of every prompt: %(default)s")
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: the training shard's copy")
+    parser.add_argument("--tokenizer", metavar="FILE", help="default: the copy beside the model or its data")
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: %(default)s")
     parsed = parser.parse_args(arguments)
     if parsed.tokens < 0:
@@ -160,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _arguments(arguments)
     try:
         sampling = Sampling(parsed.temperature, parsed.top_k, parsed.top_p)
-        loaded = load_model(parsed.checkpoint, torch.device(parsed.device))
+        loaded = load_any(parsed.checkpoint, torch.device(parsed.device))
         tokenizer = Tokenizer.load(tokenizer_file(loaded, parsed.tokenizer))
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

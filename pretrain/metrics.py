@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data_tools.files import write_durably
 from pretrain.checkpoint import SaveReport
 from pretrain.config import Config, config_to_dict
 from pretrain.data import ShardDocuments
+from pretrain.evaluation.losses import perplexity
 from pretrain.flops import flops_per_token
 from pretrain.say import say
 
@@ -41,7 +43,7 @@ class MetricsLog:
 
     def __init__(self, config: Config, world_size: int, resumed_step: int) -> None:
         self.config, self.world_size = config, world_size
-        self.flops_per_token = flops_per_token(config.model)
+        self.flops_per_token = flops_per_token(config.model, config.data.seqlen)
         self.peak = peak_tflops(config.log.peak_tflops)
         self.run_dir = Path(config.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -130,10 +132,16 @@ class MetricsLog:
         self.file = _Lines(self.run_dir / "metrics.jsonl", step)
         self.resume_clock()
 
-    def validation(self, step: int, loss: float) -> None:
-        """Record a validation loss in nats per token; the time it took is not counted as training."""
-        say(f"step {step}  validation loss {loss:.4f}")
-        self._record({"step": step, "validation_loss": loss})
+    def validation(self, step: int, losses: Mapping[int, float]) -> None:
+        """Record validation losses, in nats per token by context; the time they took is not counted as training."""
+        values = {"validation_loss": losses[self.config.data.seqlen]}
+        line = f"step {step}  validation loss {values['validation_loss']:.4f}"
+        for context in self.config.eval.contexts:
+            values[f"validation_loss_at_{context}"] = losses[context]
+            values[f"validation_perplexity_at_{context}"] = perplexity(losses[context])
+            line += f"  at {context}: {losses[context]:.4f}"
+        say(line)
+        self._record({"step": step} | values)
 
     def resume_clock(self) -> None:
         """Start measuring speed anew, after something that is not training."""

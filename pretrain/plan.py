@@ -19,23 +19,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
-from rich.table import Table
+from rich.console import Console
 
-from longhorn_layers.config import LonghornConfig
+from longhorn_layers.config import AttentionConfig, GLAConfig, ScanMixerConfig
 from pretrain.config import Config, ConfigError, config_to_dict, load_config
-from pretrain.flops import (
-    flops_per_token,
-    matmul_flops_per_token,
-    recomputed_flops_per_token,
-    scan_flops_per_token,
-)
+from pretrain.flops import flops_per_token, recomputed_flops_per_token
 from pretrain.memory import GIB, MASTER_AND_MOMENTS, ParameterCounts, estimate_memory
+from pretrain.plan_tables import gib, show, show_table
 from pretrain.sbatch_script import SbatchScript
 
 DESCRIPTION = "What a run will take: memory, time, disk. Refuses what cannot run."
-UINT16_VOCABULARY = 65_500  # below it Megatron's .bin holds two bytes a token, else four
 
 
 @dataclass
@@ -73,7 +66,17 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         reached = self.options.gpus * self.options.peak_tflops * 1e12 * self.options.mfu
-        return reached / flops_per_token(self.config.model)
+        return reached / self.flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.config.model, self.config.data.seqlen)
+
+    @property
+    def recomputed_flops(self) -> float:
+        """Per token, beside those."""
+        checkpointing = self.config.train.activation_checkpointing
+        return recomputed_flops_per_token(self.config.model, self.config.data.seqlen, checkpointing)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -165,8 +168,14 @@ def _tensor_dimensions(config: Config) -> dict[str, int]:
     """What tensor parallelism cuts (pretrain/parallel/tensor_parallel.py)."""
     model, mixer = config.model, config.model.mixer
     dimensions = {"the padded vocabulary": model.padded_vocab_size}
-    if isinstance(mixer, LonghornConfig):
+    if isinstance(mixer, ScanMixerConfig):
         dimensions["d_inner = model.mixer.expand × model.d_model"] = mixer.expand * model.d_model
+    if isinstance(mixer, GLAConfig):
+        dimensions["model.mixer.n_head"] = mixer.n_head
+    if isinstance(mixer, AttentionConfig):
+        dimensions["heads = model.d_model / model.mixer.head_dim"] = model.d_model // mixer.head_dim
+    if model.d_ff:
+        dimensions["model.d_ff"] = model.d_ff
     return dimensions
 
 
@@ -184,7 +193,7 @@ def remedies(plan: Plan) -> list[str]:
         changed = replace(plan, config=_changed(plan.config, change))
         if tuple(change) not in found and _divides(changed) and changed.fits():
             overrides = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-            found[tuple(change)] = f"{overrides} ({_gib(sum(changed.memory().values()))})"
+            found[tuple(change)] = f"{overrides} ({gib(sum(changed.memory().values()))})"
     return list(found.values())
 
 
@@ -214,110 +223,11 @@ def _divides(plan: Plan) -> bool:
     return train.global_batch_size % (train.micro_batch_size * plan.data_parallel) == 0
 
 
-def tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each table's title and rows, to print."""
-    return [
-        ("Run", _run_rows(plan)),
-        ("Memory per GPU, bytes by part added (estimate)", _memory_rows(plan)),
-        ("FLOPs per token (counted: pretrain/flops.py)", _flops_rows(plan)),
-        (f"Time at an assumed MFU of {plan.options.mfu:.0%} (estimate)", _time_rows(plan)),
-        ("Disk (estimate)", _disk_rows(plan)),
-    ]
-
-
-def _run_rows(plan: Plan) -> list[tuple[str, str]]:
-    config, options = plan.config, plan.options
-    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
-    parallel = f"{tensor} tensor × {plan.data_parallel} data, ZeRO {stage}"
-    return [
-        ("parameters", f"{plan.counts.total:,} ({plan.counts.total / 1e9:.2f}B)"),
-        ("GPUs", f"{options.gpus} = {options.nodes} nodes × {options.gpus_per_node}; {parallel}"),
-        ("tokens per step", f"{config.tokens_per_step:,}"),
-        ("optimizer steps", f"{config.total_steps:,}"),
-        ("tokens", f"{plan.tokens:,}"),
-        ("micro-batch per GPU", f"{config.train.micro_batch_size} × {config.data.seqlen} tokens"),
-        ("gradient accumulation", f"{config.grad_accum_steps(plan.data_parallel)}"),
-    ]
-
-
-def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
-    parts = plan.memory()
-    rows = [(part, _gib(size)) for part, size in parts.items()]
-    return [*rows, ("total", f"{_gib(sum(parts.values()))} of {plan.options.gpu_memory_gib:g} GiB")]
-
-
-def _flops_rows(plan: Plan) -> list[tuple[str, str]]:
-    model, checkpointing = plan.config.model, plan.config.train.activation_checkpointing
-    states = recomputed_flops_per_token(model, activation_checkpointing=False)
-    blocks = recomputed_flops_per_token(model, checkpointing) - states
-    flops = {
-        "matmuls, 6 × weights with the head, no embedding": matmul_flops_per_token(model),
-        "scan, forward and backward": scan_flops_per_token(model),
-        "model total (what MFU counts)": flops_per_token(model),
-        "recomputed besides: scan states": states,
-        "recomputed besides: activation checkpointing": blocks,
-    }
-    return [(name, f"{value / 1e9:.3f} GFLOPs") for name, value in flops.items()]
-
-
-def _time_rows(plan: Plan) -> list[tuple[str, str]]:
-    options, rate = plan.options, plan.tokens_per_second
-    hours = plan.tokens / rate / 3600
-    model, checkpointing = plan.config.model, plan.config.train.activation_checkpointing
-    done = 1 + recomputed_flops_per_token(model, checkpointing) / flops_per_token(model)
-    return [
-        ("peak per GPU (given)", f"{options.peak_tflops:g} TFLOP/s"),
-        ("with what is recomputed, share of the peak needed", f"{options.mfu * done:.0%}"),
-        ("tokens/s", f"{rate:,.0f} ({rate / options.gpus:,.0f} per GPU)"),
-        ("hours", f"{hours:,.1f}"),
-        ("GPU hours", f"{hours * options.gpus:,.0f}"),
-    ]
-
-
-def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
-    keep_last = plan.config.checkpoint.keep_last
-    width = 2 if plan.config.model.vocab_size < UINT16_VOCABULARY else 4
-    checkpoint, data = plan.checkpoint_bytes, width * plan.tokens
-    held = (keep_last + 1) * checkpoint  # the next is complete before the oldest is removed
-    return [
-        (f"one checkpoint ({MASTER_AND_MOMENTS} bytes/parameter)", _gb(checkpoint)),
-        (f"checkpoint.keep_last={keep_last}", _gb(keep_last * checkpoint)),
-        ("while the next is written", _gb(held)),
-        (f"training tokens, one pass ({width} bytes each)", _gb(data)),
-        ("total", _gb(held + data)),
-    ]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
-
-
-def show(plan: Plan, console: Console) -> None:
-    """Print the tables: ruled on a terminal, bare columns elsewhere."""
-    for title, rows in tables(plan):
-        show_table(title, rows, console)
-
-
-def show_table(title: str, rows: list[tuple[str, str]], console: Console, justify: JustifyMethod = "right") -> None:
-    table = Table(show_header=False, box=SIMPLE_HEAD if console.is_terminal else None)
-    table.add_column(no_wrap=True)
-    table.add_column(justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "total" else None)
-    console.print(title, style="bold", highlight=False)
-    console.print(table, highlight=False)
-    console.print()
-
-
 def check_memory(plan: Plan) -> None:
     """Raise ConfigError, with what would help, where the estimate is beyond the GPU."""
     if plan.fits():
         return
-    size, options = _gib(sum(plan.memory().values())), plan.options
+    size, options = gib(sum(plan.memory().values())), plan.options
     helps = remedies(plan)
     advice = "what fits: " + "; or ".join(helps) if helps else "no setting fits: more GPUs, or larger ones"
     raise ConfigError(f"needs {size} on each GPU, gpu_memory_gib={options.gpu_memory_gib:g}; {advice}")

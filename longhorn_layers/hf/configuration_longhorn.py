@@ -13,6 +13,7 @@ class LonghornConfig(PreTrainedConfig):
     state_size: numbers kept per inner channel (N).
     conv_kernel: taps of the causal convolution.
     time_step_rank: rank of the step-size projection; None means ceil(hidden_size / 16).
+    mlp_size: inner width of a SwiGLU after each mixer; 0 means none.
     update_rule: "diagonal", the paper's closed form with its rank-one term replaced by its
         diagonal, or "exact", the same with no approximation.
 
@@ -20,6 +21,7 @@ class LonghornConfig(PreTrainedConfig):
     """
 
     model_type = "longhorn"
+    keys_to_ignore_at_inference = ["cache_params"]
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -28,6 +30,7 @@ class LonghornConfig(PreTrainedConfig):
     conv_kernel: int = 4
     expand: int = 2
     time_step_rank: int | None = None
+    mlp_size: int = 0
     norm_eps: float = 1e-5
     # Not `update`, which is a method of every configuration.
     update_rule: Literal["diagonal", "exact"] = "diagonal"

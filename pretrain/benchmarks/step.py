@@ -4,7 +4,8 @@
 
 The config's model on random tokens, in each precision with and without activation checkpointing. A step is one
 micro-batch, forward and backward, clipping and AdamW: a run that accumulates micro-batches spreads its optimizer over
-more tokens. MFU counts what the model needs, 6·N and the scan (pretrain/flops.py), and nothing that is recomputed.
+more tokens. MFU counts what the model needs, 6·N and what its mixer does (pretrain/flops.py), and nothing that is
+recomputed.
 """
 
 import argparse
@@ -124,7 +125,7 @@ class Run:
 
     @property
     def mfu(self) -> float | None:
-        return None if self.peak is None else self._ideal_ms(flops_per_token(self.config.model)) / self.times.median
+        return None if self.peak is None else self._ideal_ms(self._needed_flops) / self.times.median
 
     def bounds(self) -> dict[str, float] | None:
         """How far matmuls carry: their utilisation, and the MFU that they alone allow.
@@ -139,13 +140,17 @@ class Run:
         done = matmul_flops_per_token(model)
         if self.config.train.activation_checkpointing:
             done += 2.0 * model.n_layer * matmul_parameters_per_layer(model)
-        ideal, needed = self._ideal_ms(done), self._ideal_ms(flops_per_token(model))
+        ideal, needed = self._ideal_ms(done), self._ideal_ms(self._needed_flops)
         return {
             "matmul_share_of_step": matmul / self.times.median,
             "matmul_utilisation": ideal / matmul,
             "mfu_with_matmuls_at_peak": needed / (self.times.median - matmul + ideal),
             "mfu_with_matmuls_alone": needed / matmul,
         }
+
+    @property
+    def _needed_flops(self) -> float:
+        return flops_per_token(self.config.model, self.config.data.seqlen)
 
     def _ideal_ms(self, flops_per_token: float) -> float:
         assert self.peak is not None
@@ -284,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         settings = {"config": options.config, "overrides": options.overrides, "engine": options.engine}
-        record = {**provenance(device, "deepspeed"), **settings, "flops_per_token": flops_per_token(config.model)}
+        needed = flops_per_token(config.model, config.data.seqlen)
+        record = {**provenance(device, "deepspeed"), **settings, "flops_per_token": needed}
         with step_builder(options.engine, device) as build:
             for precision, checkpointing in itertools.product(options.precisions, (False, True)):
                 train = replace(config.train, precision=precision, activation_checkpointing=checkpointing)

@@ -11,11 +11,12 @@ not, and are not safe: DESIGN §10).
 
     format     what a manifest holds          save       copy to host memory, write in the background
     retention  which ones are kept            find       verify, fall back, agree on one
-    load       into any topology, or one device
+    load       into any topology, or one device        imported   a first one, of a model that was made elsewhere
 """
 
 from pretrain.checkpoint.find import choose, newest, resolve, set_back, verify
 from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, Progress, read_manifest, step_name
+from pretrain.checkpoint.imported import check_new_run, write_imported
 from pretrain.checkpoint.load import LoadedModel, check_allowed, load, load_model
 from pretrain.checkpoint.save import CheckpointWriter, SaveReport
 
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "SaveReport",
     "check_allowed",
+    "check_new_run",
     "choose",
     "load",
     "load_model",
@@ -36,4 +38,5 @@ __all__ = [
     "set_back",
     "step_name",
     "verify",
+    "write_imported",
 ]

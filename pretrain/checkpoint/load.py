@@ -14,7 +14,7 @@ from longhorn_layers.model import LanguageModel
 from pretrain.checkpoint import rng
 from pretrain.checkpoint.find import resolve
 from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, rank_file_name, read_manifest
-from pretrain.config import Config, ConfigError, config_from_dict
+from pretrain.config import Config, ConfigError, config_from_dict, config_to_dict
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
 from pretrain.parallel.zero import MASTER, Fragment, ZeroEngine
@@ -60,11 +60,13 @@ def load(
 ) -> CheckpointManifest:
     """Write a checkpoint of any topology into the engine; returns what its manifest says.
 
-    Raises CheckpointError where `identity` differs in more than the keys (or their sections) `allowed`, naming each
-    difference.
+    Of `identity`, the sections that the checkpoint names count: an imported one knows no data or optimizer. Raises
+    CheckpointError where it differs in more than the keys (or their sections) `allowed`, naming each difference.
     """
     manifest = read_manifest(folder)
-    differences = _differences(manifest.identity, identity)
+    saved = _with_defaults(manifest)
+    both = saved.keys() & identity.keys()
+    differences = _differences(*({key: side[key] for key in both} for side in (saved, identity)))
     if refused := [text for key, text in differences.items() if not _is_allowed(key, allowed)]:
         raise CheckpointError(
             f"{folder} is another run's: {'; '.join(refused)}. "
@@ -86,6 +88,12 @@ def load(
     engine.masters_changed(manifest.progress.optimizer_steps)
     _restore_rng(folder, manifest, mesh)
     return manifest
+
+
+def _with_defaults(manifest: CheckpointManifest) -> dict[str, Any]:
+    """The identity; what its model was before a key of models existed is that key's default."""
+    model = config_to_dict(config_from_dict(manifest.config))["model"]
+    return manifest.identity | {"model": model}
 
 
 def check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:

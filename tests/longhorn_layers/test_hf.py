@@ -4,32 +4,26 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longhorn_layers.hf import configuration_longhorn, modeling_longhorn
+from longhorn_layers.hf import configuration_longhorn, modeling_gla, modeling_longhorn, recurrence, recurrent_lm
 from longhorn_layers.hf.configuration_longhorn import LonghornConfig
-from longhorn_layers.hf.modeling_longhorn import SCAN_CHUNK, LonghornForCausalLM
+from longhorn_layers.hf.modeling_longhorn import LonghornForCausalLM
+from longhorn_layers.hf.recurrence import SCAN_CHUNK
 
 UPDATES = ("diagonal", "exact")
+ModelMaker = Callable[..., LonghornForCausalLM]
+Padder = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
 
-
-def make_model(update: str = "diagonal", **config: object) -> LonghornForCausalLM:
-    """A model of random weights, large enough that memory matters to what it predicts."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 67, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 5}
-    model = LonghornForCausalLM(LonghornConfig(update_rule=update, eos_token_id=None, **shape | config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("dt_bias", ".D", "norm.weight")):
-                parameter.add_(torch.randn_like(parameter) / 2)
-            elif name.endswith(("_proj.weight", "dt_head.weight")):
-                parameter.mul_(3)
-    return model.eval()
+# Sequences go through the kernels where they can be imported; test_hf_kernels.py holds those against what is held here.
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
 
 
 def make_ids(batch: int, seqlen: int, seed: int = 1) -> Tensor:
@@ -81,7 +75,7 @@ def logits_oracle(model: LonghornForCausalLM, ids: Tensor, update: str) -> Tenso
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_definition(update: str, tied: bool) -> None:
+def test_logits_are_those_of_the_definition(make_model: ModelMaker, update: str, tied: bool) -> None:
     model, ids = make_model(update, tie_word_embeddings=tied), make_ids(2, SCAN_CHUNK + 9)
     with torch.no_grad():
         expected = torch.stack([logits_oracle(model, row, update) for row in ids])
@@ -94,7 +88,7 @@ def test_logits_are_those_of_the_definition(update: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("training", [True, False])  # evaluation goes through the cache
-def test_gradients_are_those_of_the_definition(update: str, training: bool) -> None:
+def test_gradients_are_those_of_the_definition(make_model: ModelMaker, update: str, training: bool) -> None:
     model, ids = make_model(update).double().train(training), make_ids(1, SCAN_CHUNK + 9)
     direction = torch.randn(ids.shape[1], 67, dtype=torch.float64)
     losses = (
@@ -108,7 +102,7 @@ def test_gradients_are_those_of_the_definition(update: str, training: bool) -> N
         assert (gradient - oracle).norm() <= 1e-9 * oracle.norm(), name
 
 
-def test_updates_differ() -> None:
+def test_updates_differ(make_model: ModelMaker) -> None:
     ids = make_ids(1, 20)
     first, second = (make_model(update)(ids).logits for update in UPDATES)
     assert (first - second).abs().max() > 0.1
@@ -116,7 +110,7 @@ def test_updates_differ() -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 @torch.no_grad()
-def test_cached_pieces_equal_the_whole(update: str) -> None:
+def test_cached_pieces_equal_the_whole(make_model: ModelMaker, update: str) -> None:
     model, ids = make_model(update).double(), make_ids(2, 30)
     whole = model(ids, use_cache=False)
     assert whole.cache_params is None
@@ -137,7 +131,7 @@ def test_cached_pieces_equal_the_whole(update: str) -> None:
     [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}],
     ids=["greedy", "sample", "beam"],
 )
-def test_cached_generation_equals_uncached(update: str, options: dict[str, object]) -> None:
+def test_cached_generation_equals_uncached(make_model: ModelMaker, update: str, options: dict[str, object]) -> None:
     model, prompt = make_model(update), make_ids(2, 7)
     texts = []
     for use_cache in (True, False):
@@ -148,19 +142,9 @@ def test_cached_generation_equals_uncached(update: str, options: dict[str, objec
     assert len(texts[0][0, 7:].unique()) > 5  # not one token over and over
 
 
-def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Padded with an ordinary token, so that only the mask tells."""
-    longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), 11), torch.zeros(len(rows), longest, dtype=int)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = row
-        mask[index, longest - len(row) :] = 1
-    return ids, mask
-
-
 @pytest.mark.parametrize("update", UPDATES)
 @torch.no_grad()
-def test_left_padding_changes_nothing(update: str) -> None:
+def test_left_padding_changes_nothing(left_padded: Padder, make_model: ModelMaker, update: str) -> None:
     model = make_model(update).double()
     rows = [make_ids(1, seqlen, seqlen)[0] for seqlen in (3, 19, 8)]
     ids, mask = left_padded(rows)
@@ -172,7 +156,7 @@ def test_left_padding_changes_nothing(update: str) -> None:
     assert (unmasked - model(rows[0][None]).logits[0]).abs().max() > 0.01
 
 
-def test_batched_generation_equals_single() -> None:
+def test_batched_generation_equals_single(left_padded: Padder, make_model: ModelMaker) -> None:
     model = make_model()
     rows = [make_ids(1, seqlen, seqlen)[0] for seqlen in (2, 13, 6)]
     ids, mask = left_padded(rows)
@@ -183,7 +167,7 @@ def test_batched_generation_equals_single() -> None:
 
 
 @torch.no_grad()
-def test_mask_may_span_cached_tokens() -> None:
+def test_mask_may_span_cached_tokens(left_padded: Padder, make_model: ModelMaker) -> None:
     model = make_model().double()
     rows = [make_ids(1, seqlen, seqlen)[0] for seqlen in (4, 12)]
     ids, mask = left_padded(rows)
@@ -193,7 +177,7 @@ def test_mask_may_span_cached_tokens() -> None:
     torch.testing.assert_close(rest[:, :], whole[:, 9:], rtol=1e-10, atol=1e-10)
 
 
-def test_loss_is_the_mean_over_shifted_labels() -> None:
+def test_loss_is_the_mean_over_shifted_labels(make_model: ModelMaker) -> None:
     model, ids = make_model(), make_ids(2, 12)
     labels = ids.masked_fill(ids % 3 == 0, -100)
     outputs = model(ids, labels=labels)
@@ -215,7 +199,7 @@ def gradients(model: LonghornForCausalLM, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")  # since 5.23
-def test_gradient_checkpointing_gives_the_same_gradients(update: str, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(make_model: ModelMaker, update: str, reentrant: bool) -> None:
     model, ids = make_model(update).double().train(), make_ids(2, SCAN_CHUNK + 9)
     plain = gradients(model, ids)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -225,7 +209,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(update: str, reentrant:
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_fine_tuning_lowers_the_loss() -> None:
+def test_fine_tuning_lowers_the_loss(make_model: ModelMaker) -> None:
     model, ids = make_model().train(), make_ids(4, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -275,7 +259,7 @@ def test_initialisation() -> None:
     assert model.lm_head.weight is model.model.embedding.weight
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_refused(make_model: ModelMaker) -> None:
     with pytest.raises(ValueError, match='\'rank1\'.*"diagonal" or "exact"'):
         LonghornConfig(update_rule="rank1")
     model, ids = make_model(), make_ids(2, 6)
@@ -287,7 +271,7 @@ def test_wrong_arguments_are_refused() -> None:
         model.generate(ids[:1], assistant_model=make_model(), max_new_tokens=4)
 
 
-def test_embeddings_hidden_states_and_kept_logits() -> None:
+def test_embeddings_hidden_states_and_kept_logits(make_model: ModelMaker) -> None:
     model, ids = make_model(), make_ids(2, 6)
     full = model(ids, output_hidden_states=True)
     assert len(full.hidden_states) == 4
@@ -302,7 +286,7 @@ def test_embeddings_hidden_states_and_kept_logits() -> None:
     assert torch.equal(as_tuple[0], full.logits)
 
 
-def test_embeddings_can_be_resized() -> None:
+def test_embeddings_can_be_resized(make_model: ModelMaker) -> None:
     model, ids = make_model(), make_ids(1, 6)
     before = model(ids).logits
     model.resize_token_embeddings(80)
@@ -315,14 +299,9 @@ def test_embeddings_can_be_resized() -> None:
 
 
 @pytest.fixture
-def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def export(make_model: ModelMaker, save_with_code: Callable[..., Path], tmp_path: Path) -> Path:
     """A folder as an export is: weights, config.json with its auto_map, and the remote code."""
-    monkeypatch.setattr(LonghornConfig, "_auto_class", None)
-    monkeypatch.setattr(LonghornForCausalLM, "_auto_class", None)
-    LonghornConfig.register_for_auto_class()
-    LonghornForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    make_model("exact").save_pretrained(tmp_path / "export")
-    return tmp_path / "export"
+    return save_with_code(make_model("exact"), tmp_path / "export")
 
 
 def test_the_file_holds_the_named_weights(export: Path) -> None:
@@ -344,7 +323,7 @@ def test_the_file_holds_the_named_weights(export: Path) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected
 
 
-def test_untied_head_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_untied_head_is_saved_and_loaded(make_model: ModelMaker, tmp_path: Path) -> None:
     model, ids = make_model(tie_word_embeddings=False), make_ids(1, 5)
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].shape == (67, 24)
@@ -355,46 +334,63 @@ def test_untied_head_is_saved_and_loaded(tmp_path: Path) -> None:
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-folder, ids = sys.argv[1], torch.tensor([[int(i) for i in sys.argv[2].split()]])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert not any(name.split(".")[0] in ("longhorn_layers", "kernels") for name in sys.modules)
-print(*model.generate(ids, max_new_tokens=12)[0].tolist())
-model.train()(ids, labels=ids).loss.backward()
-print(all(p.grad is not None for p in model.parameters()))
-model.save_pretrained(folder + "-again")
+ids = torch.tensor([[int(i) for i in sys.argv[1].split()]])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not any(name.split(".")[0] in ("longhorn_layers", "kernels") for name in sys.modules)
+    print("generated", *model.generate(ids, max_new_tokens=12)[0].tolist())
+    model.train()(ids, labels=ids).loss.backward()
+    print("trained", all(p.grad is not None for p in model.parameters()))
+    model.save_pretrained(folder + "-again")
 """
+SHARED_CODE = {"recurrent_lm.py", "recurrence.py"}
 
 
-def test_a_folder_loads_offline_without_this_repository(export: Path, tmp_path: Path) -> None:
+def test_a_folder_loads_offline_without_this_repository(
+    make_model: ModelMaker, save_with_code: Callable[..., Path], tmp_path: Path
+) -> None:
     ids = make_ids(1, 7)
+    folders = {kind: save_with_code(make_model(kind), tmp_path / kind) for kind in ("exact", "gla")}
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", LOAD, str(export), " ".join(map(str, ids[0].tolist()))]
+    command = [sys.executable, "-c", LOAD, " ".join(map(str, ids[0].tolist())), *map(str, folders.values())]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    generated, trained = result.stdout.splitlines()[-2:]
-    expected = make_model("exact").generate(ids, max_new_tokens=12)[0].tolist()
-    assert [int(token) for token in generated.split()] == expected
-    assert trained == "True"
-    again = tmp_path / "export-again"
-    for name in ("modeling_longhorn.py", "configuration_longhorn.py"):  # saved again with its code
-        assert (again / name).read_bytes() == (export / name).read_bytes()
+    said = [line.split() for line in result.stdout.splitlines()]
+    expected = [[str(i) for i in make_model(kind).generate(ids, max_new_tokens=12)[0].tolist()] for kind in folders]
+    assert [words[1:] for words in said if words[0] == "generated"] == expected
+    assert [words[1:] for words in said if words[0] == "trained"] == [["True"]] * len(folders)
+    for folder, name in zip(folders.values(), ("longhorn", "gla"), strict=True):
+        code = {f"modeling_{name}.py", f"configuration_{name}.py", *SHARED_CODE}
+        assert {path.name for path in folder.glob("*.py")} == code
+        again = folder.with_name(folder.name + "-again")
+        for file in code:  # saved again with its code
+            assert (again / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("module", [configuration_longhorn, modeling_longhorn])
-def test_remote_code_imports_only_torch_and_transformers(module: object) -> None:
-    allowed = {"torch", "transformers"} | sys.stdlib_module_names
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+def imported(tree: ast.AST) -> Iterator[str]:
+    """What transformers demands to be installed, relative imports as ".name"; not what is tried."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            name = node.module.split(".")[0]
-            assert name in allowed or (node.level == 1 and name == "configuration_longhorn")
+            yield "." * node.level + (node.module or "").split(".")[0]
+        elif not isinstance(node, ast.Try):
+            yield from imported(node)
+
+
+@pytest.mark.parametrize("module", [configuration_longhorn, modeling_longhorn, modeling_gla, recurrent_lm, recurrence])
+def test_remote_code_imports_only_torch_and_transformers(module: ModuleType) -> None:
+    path = Path(module.__file__ or "")
+    names = set(imported(ast.parse(path.read_text())))
+    beside = {name for name in names if name.startswith(".")}
+    assert names - beside <= {"torch", "transformers"} | sys.stdlib_module_names
+    assert all((path.parent / f"{name[1:]}.py").is_file() for name in beside)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_keeps_what_needs_fp32(export: Path, dtype: torch.dtype) -> None:
+def test_half_precision_keeps_what_needs_fp32(make_model: ModelMaker, export: Path, dtype: torch.dtype) -> None:
     model = LonghornForCausalLM.from_pretrained(export, dtype=dtype)
     kept = {name for name, weight in model.named_parameters() if weight.dtype == torch.float32}
     expected = {"model.norm.weight"}

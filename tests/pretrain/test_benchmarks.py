@@ -126,7 +126,7 @@ def test_bounds(checkpointing: bool) -> None:
     done = matmul_flops_per_token(MODEL)
     if checkpointing:
         done += 2 * MODEL.n_layer * matmul_parameters_per_layer(MODEL)
-    ideal, needed = tokens * done / 1e6, tokens * flops_per_token(MODEL) / 1e6
+    ideal, needed = tokens * done / 1e6, tokens * flops_per_token(MODEL, 16) / 1e6
     breakdown = Breakdown.of([Kernel("gemm", (), 2e3 * ideal)], 1, 5 * ideal)  # half the peak, 2 of 5 parts
     run = Run(config, Times({"all": [5 * ideal]}), None, breakdown, peak)
     assert run.bounds() == pytest.approx(

@@ -1,0 +1,64 @@
+"""Training speed of the models side by side: in one process, on the same tokens, a step each in turn."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from kernels.benchmarks.record import provenance, write_json
+from kernels.benchmarks.timing import take_turns
+from pretrain.benchmarks.step import TorchStep, random_batch
+from pretrain.config import Config, config_to_dict
+
+STEPS = 10  # timed, of each model
+
+
+def measured_speeds(path: Path, configs: Mapping[str, Config], device: torch.device) -> dict[str, Any]:
+    """The record at `path`; measured and written where there is none of these models on such a device.
+
+    The first config's micro-batch and threads are everybody's. All models are in memory at once.
+
+    Returns:
+        {"device", "threads", "micro_batch_size", "context", "steps", "models": {name: {"model": its config,
+        "tokens_per_second", "median_ms", "all_ms", …}}} and where and when (kernels/benchmarks/record.py).
+    """
+    models = {name: config_to_dict(config)["model"] for name, config in configs.items()}
+    if path.exists():
+        record = orjson.loads(path.read_bytes())
+        known = {name: found["model"] for name, found in record["models"].items()}
+        if known == models and record["device"] == device.type:
+            return record
+    made_by, threads = provenance(device), torch.get_num_threads()
+    torch.set_num_threads(next(iter(configs.values())).train.threads or threads)
+    try:
+        record = made_by | _measure(configs, device)
+    finally:
+        torch.set_num_threads(threads)
+    for name, model in models.items():
+        record["models"][name]["model"] = model
+    write_json(path, record)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the trainings' now
+    return record
+
+
+def _measure(configs: Mapping[str, Config], device: torch.device) -> dict[str, Any]:
+    first = next(iter(configs.values()))
+    size, seqlen = first.train.micro_batch_size, first.data.seqlen
+    batch = random_batch(first, size, device)
+    runs = {name: partial(TorchStep(config, device), *batch) for name, config in configs.items()}
+    times = take_turns(runs, STEPS, device)
+    return {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "micro_batch_size": size,
+        "context": seqlen,
+        "steps": STEPS,
+        "models": {
+            name: {"tokens_per_second": size * seqlen / taken.median * 1e3, **taken.to_dict()}
+            for name, taken in times.items()
+        },
+    }

@@ -1,0 +1,98 @@
+"""What is kept of lm-eval's results, and how it is shown."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+NORMALIZED = {"arc_challenge", "hellaswag", "openbookqa"}  # of which papers customarily give acc_norm, of others acc
+
+CountTokens = Callable[[str, str], int]  # of a continuation after its context
+
+
+def described(found: Mapping[str, Any], name: str, count_tokens: CountTokens) -> dict[str, Any]:
+    """What lm-eval found of a task or a group; metrics as {name: {value, stderr, higher_is_better}}."""
+    row = found["results"][name]
+    metrics = {}
+    for key, value in row.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, Real):
+            continue
+        error = row.get(f"{metric}_stderr,{filtered}")
+        metrics[metric if filtered == "none" else key] = {
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, Real) else None,
+            "higher_is_better": found["higher_is_better"].get(name, {}).get(metric),
+        }
+    documents = found["n-samples"].get(name, {})
+    return {
+        "version": found["versions"].get(name),
+        "few_shot": found["n-shot"].get(name),
+        "documents": documents.get("effective"),
+        "documents_in_task": documents.get("original"),
+        "metrics": metrics,
+        "answer_perplexity": answer_perplexity(found["samples"].get(name, []), count_tokens),
+    }
+
+
+def answer_perplexity(samples: Sequence[Mapping[str, Any]], count_tokens: CountTokens) -> float | None:
+    """Perplexity per token of the right answers after their contexts; None where there is no choice.
+
+    It goes on telling models apart where accuracies are still those of chance.
+    """
+    nats, tokens = 0.0, 0
+    for sample in samples:
+        right, choices = sample["target"], sample["arguments"]
+        if not isinstance(right, int) or len(choices) < 2:
+            return None
+        nats -= sample["resps"][right][0][0]
+        tokens += count_tokens(*choices[right])
+    return math.exp(nats / tokens) if tokens else None
+
+
+def customary(name: str, metrics: Mapping[str, Any]) -> str | None:
+    """The accuracy by which papers compare models on a task: acc_norm of some, acc of others; None without one."""
+    wanted = ("acc_norm", "acc") if name in NORMALIZED else ("acc",)
+    return next((metric for metric in wanted if metric in metrics), None)
+
+
+def averages(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Means over tasks: of their customary accuracies, and of the perplexities of their right answers."""
+    chosen = {name: metric for name, task in tasks.items() if (metric := customary(name, task["metrics"]))}
+    perplexities = [task["answer_perplexity"] for task in tasks.values() if task["answer_perplexity"] is not None]
+    return {
+        "accuracy": _mean([tasks[name]["metrics"][metric]["value"] for name, metric in chosen.items()]),
+        "accuracy_of": chosen,
+        "answer_perplexity": _mean(perplexities),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print the table: a row for each metric, those that are averaged marked; ruled on a terminal, bare elsewhere."""
+    table = Table("task", "metric", box=SIMPLE_HEAD if console.is_terminal else None)
+    for column in ("value", "±", "documents", "shots"):
+        table.add_column(column, justify="right")
+    average = report["average"]
+    for name, task in report["tasks"].items():
+        counts = ["" if task[key] is None else f"{task[key]:,}" for key in ("documents", "few_shot")]
+        for metric, found in task["metrics"].items():
+            mark = "*" if average["accuracy_of"].get(name) == metric else ""
+            error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            table.add_row(name, metric + mark, f"{found['value']:.4f}", error, *counts)
+        if task["answer_perplexity"] is not None:
+            table.add_row(name, "answer perplexity", f"{task['answer_perplexity']:.4f}", "", *counts)
+    for key, title in (("accuracy", "accuracies*"), ("answer_perplexity", "answer perplexities")):
+        if average[key] is not None:
+            table.add_row("average", title, f"{average[key]:.4f}")
+    console.print(table, highlight=False)
+    if report["cut_requests"]:
+        cut = f"{report['cut_requests']:,} requests longer than {report['task_context']:,} tokens lost their beginning"
+        console.print(cut, highlight=False, soft_wrap=True)
