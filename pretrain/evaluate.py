@@ -217,6 +217,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     compares = bool(results) or (parsed.data and len(parsed.source) > 1)
     if compares and parsed.output is None:
         parser.error("several models are compared: give --output for where to")
+    if parsed.output is not None and len(parsed.source) > 1 and not compares:
+        parser.error("--output: results of tasks go to each model's own place; leave it out")
     return parsed
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.benchmarks import scans, small_ops
+from kernels.benchmarks import heads, scans, small_ops
 from kernels.benchmarks.case import Case
 
 
@@ -22,6 +22,8 @@ def cpu_cases() -> dict[str, Case]:
         "causal_conv1d": small_ops.conv(conv_shape, torch.float32),
         "rms_norm": small_ops.norm({"tokens": 2048, "d_model": 768}, torch.float32, with_residual=False),
         "cross_entropy": small_ops.loss(loss_shape, torch.float32),
+        "attention": heads.softmax_attention("cpu"),
+        "gla": heads.gated_linear_attention("cpu"),
     }
 
 
@@ -37,4 +39,6 @@ def cuda_cases() -> dict[str, Case]:
         "causal_conv1d": small_ops.conv(conv_shape, torch.bfloat16),
         "rms_norm": small_ops.norm({"tokens": 16384, "d_model": 2048}, torch.bfloat16, with_residual=True),
         "cross_entropy": small_ops.loss(loss_shape, torch.bfloat16),
+        "attention": heads.softmax_attention("cuda"),
+        "gla": heads.gated_linear_attention("cuda"),
     }

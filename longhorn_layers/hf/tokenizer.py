@@ -18,7 +18,8 @@ def write_tokenizer(spm_path: Path, out_dir: Path) -> None:
     The ids are those of the SentencePiece model, which are those of the training shards: nothing is
     added in front or behind (shards have no BOS, and an EOS only after each document), and a text
     that spells a special token, such as "</s>", is tokenized as the text it is. Use the tokenizer's
-    `eos_token_id` to mark an end. Where the model has no padding piece, padding is the unknown
+    `eos_token_id` to mark an end. Its `bos_token` is the EOS too, as in GPT-2: in training that is what a text
+    begins after; `add_bos_token=True` puts it there. Where the model has no padding piece, padding is the unknown
     piece, which byte fallback leaves without another use; the padding side is left, for generation.
 
     spm_path: a BPE model with byte fallback and the identity normaliser (LLaMA's and Mistral's
@@ -29,7 +30,7 @@ def write_tokenizer(spm_path: Path, out_dir: Path) -> None:
     """
     model = _read(spm_path)
     specials = _special_tokens(model)
-    tokenizer = _build(model, sorted(set(specials.values())))
+    tokenizer = _build(model, sorted({*specials.values(), *_control_pieces(model)}))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
@@ -75,9 +76,15 @@ def _read(path: Path) -> ModelProto:
 
 def _special_tokens(model: ModelProto) -> dict[str, str]:
     trainer = model.trainer_spec
-    ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
+    # What stands before a text in training is the EOS of the one before it; <s> is never trained, and a bad beginning.
+    ids = {"unk_token": trainer.unk_id, "bos_token": trainer.eos_id, "eos_token": trainer.eos_id}
     ids["pad_token"] = trainer.pad_id if trainer.pad_id >= 0 else trainer.unk_id
     return {name: model.pieces[index].piece for name, index in ids.items() if index >= 0}
+
+
+def _control_pieces(model: ModelProto) -> list[str]:
+    """Pieces that no text becomes, like <s>: decoding leaves them out."""
+    return [piece.piece for piece in model.pieces if piece.type == Piece.CONTROL]
 
 
 def _build(model: ModelProto, specials: list[str]) -> Tokenizer:

@@ -56,9 +56,9 @@ class WrongLogits(RuntimeError):
 class Contender:
     """A model, and how to make what `generate` is given to go on with a text: (ids, the argument with its cache)."""
 
-    model: PreTrainedModel
+    model: Any  # transformers' models are not typed as callable or as generating
     cache_name: str
-    start: Callable[[], tuple[Tensor, Cache]]
+    start: Callable[[], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def build(config: ModelConfig, longest: int) -> dict[str, PreTrainedModel]:
 
 
 @torch.no_grad()
-def check(name: str, model: PreTrainedModel) -> float:
+def check(name: str, model: Any) -> float:
     """The largest difference of logits, a token at a time from all at once, over the largest.
 
     Raises WrongLogits where rounding does not explain it.
@@ -139,7 +139,8 @@ def check(name: str, model: PreTrainedModel) -> float:
 
 def contenders(models: Mapping[str, PreTrainedModel], context: int) -> dict[str, Contender]:
     """Both models after a text of `context` tokens, of which the last has not been read."""
-    ours, peer = models[OURS], models[PEER]
+    ours: Any = models[OURS]
+    peer = models[PEER]
     ids, state = _random_ids(ours, context), None
     for chunk in ids[:, :-1].split(PREFILL_CHUNK, 1):
         with torch.no_grad():
@@ -183,6 +184,7 @@ def decode(contender: Contender, ids: Tensor, cache: Cache, tokens: int) -> list
 def cache_bytes(cache: Cache) -> int:
     """Of all its layers' tensors."""
     held: list[Tensor | None] = []
+    layer: Any
     for layer in cache.layers:
         if hasattr(layer, "recurrent_states"):
             held += [*layer.conv_states.values(), *layer.recurrent_states.values()]

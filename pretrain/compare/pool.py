@@ -38,11 +38,10 @@ class Task:
 
 
 class Pool:
-    """Runs tasks, `workers` at a time, and says how far all is.
+    """Runs tasks, one a worker at a time, and says how far all is.
 
     Args:
         environments: of each worker's commands, over this process's own.
-        later: seconds of work that comes after, for the time that is left.
         tick: called every REPORT seconds, and at the end, with the seconds since it was last called.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from data_tools.files import write_durably
-from pretrain.compare.config import Comparison
+from pretrain.compare.config import CompareConfig, Comparison, ModelEntry
 from pretrain.compare.curves import TokenRatio
 from pretrain.compare.plots import draw_contexts, draw_losses, draw_rates
 from pretrain.compare.results import ModelResult, Pair, Results, mean
@@ -208,8 +208,8 @@ def _provenance(comparison: Comparison, results: Results, made_of: dict[str, Any
     shown = ("python", "torch", "triton", "cuda", "compiler")
     rows = {
         "command": f"`{made_of['command']}`",
-        "all models": f"`{' '.join([config.config, *config.overrides])}`",
-        **{name: f"`{' '.join([entry.config, *entry.overrides])}`" for name, entry in config.models.items()},
+        "all models": _recipe(config),
+        **{name: _recipe(entry) for name, entry in config.models.items()},
         "each training": f"{base.tokens_per_step:,} tokens a step, {base.train.precision}, {schedule}, "
         f"weight decay {base.optim.weight_decay:g}",
         "training data": f"`{base.data.train}`, digest `{results.train_digest}`",
@@ -221,7 +221,13 @@ def _provenance(comparison: Comparison, results: Results, made_of: dict[str, Any
         "time of all trainings and evaluations": f"{made_of['elapsed_seconds'] / 60:,.0f} min",
         "date": made_of["date"],
     }
-    return _table(["", ""], [[name, text if text != "``" else "as above"] for name, text in rows.items()])
+    return _table(["", ""], [[name, text] for name, text in rows.items()])
+
+
+def _recipe(given: CompareConfig | ModelEntry) -> str:
+    """A config's file and overrides, where it has any."""
+    words = " ".join(filter(None, [given.config, *given.overrides]))
+    return f"`{words}`" if words else "nothing else"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -155,7 +155,7 @@ def collect(comparison: Comparison, grid: Sequence[Run], full: Sequence[Run], sp
             perplexity=_perplexities(found),
         )
     reference = models[comparison.reference]
-    pairs = [_pair(reference, models[name], grid[0].tokens) for name in comparison.others]
+    pairs = [compare_pair(reference, models[name], grid[0].tokens) for name in comparison.others]
     manifests = [checkpoint.read_manifest(checkpoint.resolve(run.folder)) for run in full]
     (digest,) = {manifest.identity["data"]["train_digest"] for manifest in manifests}
     return Results(reference.name, models, pairs, digest, sorted({manifest.commit for manifest in manifests}))
@@ -173,7 +173,7 @@ def _perplexities(found: list[dict[str, Any]]) -> list[Perplexity]:
     return perplexities
 
 
-def _pair(reference: ModelResult, other: ModelResult, grid_tokens: int) -> Pair:
+def compare_pair(reference: ModelResult, other: ModelResult, grid_tokens: int) -> Pair:
     return Pair(
         other.name,
         [theirs - ours for ours, theirs in zip(reference.finals, other.finals, strict=True)],

@@ -79,7 +79,8 @@ def run(
     }
     (output / FINISHED).mkdir(parents=True, exist_ok=True)
     tasks: dict[str, Any] = {}
-    cut, averaged = 0, {}
+    averaged: dict[str, Any] = {}
+    cut = 0
     for part in requested:
         path = output / FINISHED / (re.sub(r"[^\w.-]", "_", part.name) + ".json")
         found = _finished(path, made_of | {"digest": part.digest}) or _run(model, part, made_of, path)
@@ -102,7 +103,7 @@ def _finished(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
     return found if found["made_of"] == orjson.loads(orjson.dumps(made_of)) else None
 
 
-def _run(model: "HarnessModel", part: Requested, made_of: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _run(model: "HarnessModel", part: Requested, made_of: dict[str, Any], path: Path) -> dict[str, Any]:
     """What comes of the tasks of one name; written to `path`, too."""
     from lm_eval.evaluator import evaluate
 

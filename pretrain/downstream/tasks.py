@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # takes seconds
 class Requested:
     """What one name stands for: a task, a group or a tag.
 
-    `found` is lm-eval's dict of its tasks and groups. `digest` is of the tasks' configs, their documents, and those that
-    may be put in front as solved examples.
+    `found` is lm-eval's dict of its tasks and groups. `digest` is of the tasks' configs, of their documents, and of
+    those that may be put in front as solved examples.
     """
 
     name: str
@@ -84,11 +84,12 @@ def _unknown(name: str, known: Mapping[str, Any], task_dir: Path | None) -> str:
 
 
 def _load(manager: "TaskManager", name: str, task_dir: Path | None) -> Requested:
-    path = manager.task_index[name].yaml_path or task_dir  # a tag has none
-    own = task_dir and path and path.resolve().is_relative_to(task_dir)
+    path = manager.task_index[name].yaml_path
+    folder = path.resolve().parent if path else task_dir  # a tag has no file
+    own = folder and task_dir and folder.is_relative_to(task_dir)
     try:
         # Data files of one's own tasks are beside them; lm-eval would look in the working directory.
-        with contextlib.chdir(path if path.is_dir() else path.parent) if own else contextlib.nullcontext():
+        with contextlib.chdir(folder) if folder and own else contextlib.nullcontext():
             found = manager.load([name])
     except Exception as error:  # a task's code, or its dataset's, may raise anything
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -35,10 +35,10 @@ def text_codec(loaded: LoadedModel) -> TextCodec:
 
 def _of_transformers(folder: Path) -> TextCodec:
     """Of a model of others: its texts begin with what its tokenizer puts there by itself, or else with EOS."""
-    from transformers import AutoTokenizer  # takes seconds
+    from transformers import PreTrainedTokenizerFast  # takes seconds
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if (eos_id := tokenizer.eos_token_id) is None:
         raise EvaluationError(f"{folder}: its tokenizer has no EOS, by which a text begins and ends")
-    (prefix_id, *_) = [*tokenizer("")["input_ids"], eos_id]
+    prefix_id = next(iter(tokenizer.encode("")), eos_id)
     return TextCodec(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode, prefix_id, eos_id)

@@ -102,7 +102,7 @@ def test_special_tokens(tmp_path: Path) -> None:
     write_tokenizer(train(tmp_path), tmp_path / "out")
     LonghornConfig().save_pretrained(tmp_path / "out")  # as in an export: no code is asked for it
     ours = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (ours.unk_token_id, ours.bos_token_id, ours.eos_token_id) == (0, 1, 2)
+    assert (ours.unk_token_id, ours.bos_token_id, ours.eos_token_id) == (0, 2, 2)  # <s> is never trained
     assert ours.pad_token_id == 0
     assert ours.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
     plain = ours("the union")["input_ids"]
@@ -112,6 +112,7 @@ def test_special_tokens(tmp_path: Path) -> None:
     assert 2 not in ours("a </s> b <s>")["input_ids"]
     assert ours.decode([*plain, 2], skip_special_tokens=True) == "the union"
     assert ours.decode([*plain, 2]) == "the union</s>"
+    assert ours.decode([1, *plain], skip_special_tokens=True) == "the union"
     batch = ours(["the", "the union of states"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
     assert batch["input_ids"][0][0] == 0
@@ -121,7 +122,7 @@ def test_own_padding_piece_is_used(tmp_path: Path) -> None:
     write_tokenizer(train(tmp_path, pad_id=3, bos_id=-1, unk_id=1, eos_id=0), tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path)
     assert (ours.eos_token_id, ours.unk_token_id, ours.pad_token_id) == (0, 1, 3)
-    assert ours.bos_token_id is None
+    assert ours.bos_token_id == 0  # what ends a text stands before the next
 
 
 def test_saving_again_keeps_the_ids(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pretrain.compare.config import Comparison, load_comparison
 from pretrain.compare.curves import Curve, mean_curve, read_curve, token_ratio
 from pretrain.compare.pool import Pool, Task, TaskFailed
 from pretrain.compare.report import markdown, sentence
-from pretrain.compare.results import ModelResult, Perplexity, Results, _pair
+from pretrain.compare.results import ModelResult, Perplexity, Results, compare_pair
 from pretrain.compare.runs import (
     Run,
     at_edge,
@@ -353,7 +353,7 @@ def test_the_report_has_the_numbers_the_spread_and_the_caveats(comparison: Compa
         "exact": result(comparison, "exact", 0.8, {0.01: power_law(0.8).losses[9], 0.02: 9.0}),
         "llama": result(comparison, "llama", 1.5, {0.01: power_law(1.5).losses[9], 0.02: 9.0}),
     }
-    pairs = [_pair(models["longhorn"], models[name], 10_000) for name in ("exact", "llama")]
+    pairs = [compare_pair(models["longhorn"], models[name], 10_000) for name in ("exact", "llama")]
     results = Results("longhorn", models, pairs, "digest-of-train", ["abc123"])
     text = markdown(comparison, results, made_of(), ["loss.png", "learning_rate.png", "perplexity.png"])
     assert "**llama** needs 1.50× the tokens of longhorn to equal loss (by seed 1.50×, 1.50×)" in text
@@ -370,7 +370,7 @@ def test_the_report_has_the_numbers_the_spread_and_the_caveats(comparison: Compa
 def test_the_ends_of_the_schedules_give_a_ratio_of_their_own(comparison: Comparison) -> None:
     ours = result(comparison, "longhorn", 1.0, {0.01: 3.0})
     theirs = result(comparison, "exact", 1.0, {0.01: 3.2})
-    found = _pair(ours, theirs, 10_000).annealed
+    found = compare_pair(ours, theirs, 10_000).annealed
     assert found.loss == ours.curves[0].final  # both end there
     assert found.ratio == pytest.approx(1.0)
 

@@ -44,10 +44,11 @@ MODELS = {
     "gla": ModelConfig(GLAConfig(n_head=2), d_ff=32, **SHAPE),
     "llama": ModelConfig(AttentionConfig(head_dim=8), d_ff=32, tie_embeddings=False, **SHAPE),
 }
+COMMON_CODE = {"recurrent_lm.py", "recurrence.py"}
 SHIPPED = {
-    "longhorn": {"configuration_longhorn.py", "modeling_longhorn.py", "recurrent_lm.py"},
-    "exact": {"configuration_longhorn.py", "modeling_longhorn.py", "recurrent_lm.py"},
-    "gla": {"configuration_gla.py", "modeling_gla.py", "recurrent_lm.py"},
+    "longhorn": COMMON_CODE | {"configuration_longhorn.py", "modeling_longhorn.py"},
+    "exact": COMMON_CODE | {"configuration_longhorn.py", "modeling_longhorn.py"},
+    "gla": COMMON_CODE | {"configuration_gla.py", "modeling_gla.py"},
 }
 
 
@@ -328,8 +329,8 @@ def test_from_hf_and_what_is_wrong_with_it(
     config.write_text("model: {mixer: {name: mamba, d_state: 5, d_conv: 3, dt_rank: 2}, vocab_size: 500, d_model: 24}")
     command = ["from-hf", str(out), str(run), "--config", str(config)]
 
-    assert convert.main([*command, "model.n_layer=2", "model.d_model=32"]) == 1
-    text = "is another model: model.d_model is 32 in the config, 24 there; model.mixer.dt_rank is 2 in the config, None"
+    assert convert.main([*command, "model.n_layer=2", "model.d_model=32"]) == 1  # where dt_rank=2 is the rule's, too
+    text = "is another model: model.d_model is 32 in the config, 24 there; model.norm_eps is 1e-05 in the config, 0.0001"
     assert text in capsys.readouterr().err
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer([CORPUS], vocab_size=VOCAB_SIZE - 1))

@@ -235,6 +235,7 @@ def test_faults_end_with_one_line(trained: Trained, tmp_path: Path, capsys: pyte
         (["--data", "x"], "--data and --contexts belong together"),
         ([], "nothing to do"),
         (["other", "--data", "x", "--contexts", "8"], "give --output"),
+        (["other", "--tasks", "piqa", "--output", "x"], "leave it out"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ from pretrain.benchmarks.hf_decode import OURS, PEER, Comparison, Decoding, Wron
 from pretrain.benchmarks.llama import PARAMETER_TOLERANCE
 
 CONFIG = """
-model: {vocab_size: 2048, d_model: 64, n_layer: 4}
+model: {vocab_size: 8192, d_model: 64, n_layer: 4}
 """
 
 
 @pytest.fixture
 def models():  # type: ignore[no-untyped-def]
-    return hf_decode.build(ModelConfig(vocab_size=2048, d_model=64, n_layer=4), 128)
+    return hf_decode.build(ModelConfig(vocab_size=8192, d_model=64, n_layer=4), 128)
 
 
 def test_the_command_records_speed_and_memory_by_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +50,7 @@ def test_both_go_on_with_the_text(models) -> None:  # type: ignore[no-untyped-de
     ready = hf_decode.contenders(models, 20)
     ids, state = ready[OURS].start()
     went_on = models[OURS].generate(ids, cache_params=state, max_new_tokens=6, do_sample=False)[0, 1:]
-    prompt = torch.randint(2048, (1, 20), generator=torch.Generator().manual_seed(20))
+    prompt = torch.randint(8192, (1, 20), generator=torch.Generator().manual_seed(20))
     whole = models[OURS].generate(prompt, max_new_tokens=6, do_sample=False)[0, 20:]
     assert torch.equal(went_on, whole)
     assert ready[OURS].start()[1] is not state  # every turn has its own
