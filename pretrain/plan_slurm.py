@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.dataset import is_dataset, open_dataset
 from data_tools.shards import ShardError, ShardPaths
-from pretrain.config import Config, ConfigError
+from pretrain.config import Config, ConfigError, validation_contexts
 from pretrain.data import blend_weights, open_data
 from pretrain.sbatch_script import SbatchScript
 from pretrain.shard_reader import window_counts
@@ -146,8 +146,10 @@ def shard_problems(config: Config) -> Iterator[str]:
         except (ConfigError, ShardError) as error:
             yield str(error)
             continue
-        if key == "data.valid" and dataset.tokens <= config.data.seqlen:
-            yield f"{key}={prefix} holds {dataset.tokens:,} tokens: no window of data.seqlen={config.data.seqlen} fits"
+        longest = validation_contexts(config)[-1]
+        if key == "data.valid" and dataset.tokens <= longest:
+            name = "data.seqlen" if longest == config.data.seqlen else "eval.contexts"
+            yield f"{key}={prefix} holds {dataset.tokens:,} tokens: no window of {name}={longest} fits"
 
 
 def disk_problems(job: Job) -> Iterator[str]:

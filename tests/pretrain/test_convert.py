@@ -120,7 +120,7 @@ def exported(
 @torch.inference_mode()
 def test_logits_and_ids_are_the_same(exported: tuple[str, LoadedModel, Export], tokenizer: Path) -> None:
     name, loaded, export = exported
-    assert 0 < export.differences.largest <= 1e-5
+    assert 0 < export.differences.largest <= 5e-5
     ids = Tokenizer.load(tokenizer).encode(TEXT)
     theirs = PreTrainedTokenizerFast.from_pretrained(export.path)
     assert theirs(TEXT)["input_ids"] == ids
@@ -330,7 +330,9 @@ def test_from_hf_and_what_is_wrong_with_it(
     command = ["from-hf", str(out), str(run), "--config", str(config)]
 
     assert convert.main([*command, "model.n_layer=2", "model.d_model=32"]) == 1  # where dt_rank=2 is the rule's, too
-    text = "is another model: model.d_model is 32 in the config, 24 there; model.norm_eps is 1e-05 in the config, 0.0001"
+    text = (
+        "is another model: model.d_model is 32 in the config, 24 there; model.norm_eps is 1e-05 in the config, 0.0001"
+    )
     assert text in capsys.readouterr().err
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer([CORPUS], vocab_size=VOCAB_SIZE - 1))
