@@ -35,7 +35,7 @@ def import_model(loaded: LoadedModel, tokenizer: Path, run_dir: Path, config: Co
             f"{tokenizer} has {found.vocab_size} pieces, but {loaded.path} a vocabulary of {config.model.vocab_size}"
         )
     origin = {"source": str(loaded.path), "step": loaded.step, "consumed_tokens": loaded.consumed_tokens}
-    folder = write_imported(run_dir, loaded.model, config, asdict(found.record))
+    folder = write_imported(run_dir, loaded.model, config, loaded.tokenizer or asdict(found.record))
     write_durably(run_dir / TOKENIZER, found.serialized)
     write_durably(run_dir / ORIGIN, orjson.dumps(origin, option=orjson.OPT_INDENT_2))
     return folder

@@ -153,7 +153,7 @@ def loaded(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel
         tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256},
         path=Path("run/checkpoints/step_00000030"),
     )
-    monkeypatch.setattr(generate_module, "load_model", lambda checkpoint, device: found)
+    monkeypatch.setattr(generate_module, "load_any", lambda checkpoint, device: found)
     return found
 
 
@@ -220,6 +220,6 @@ def test_faults_end_with_one_line(
     def load(checkpoint: Path, device: torch.device) -> LoadedModel:
         raise CheckpointError(f"{checkpoint}: neither a run nor a checkpoint")
 
-    monkeypatch.setattr(generate_module, "load_model", load)
+    monkeypatch.setattr(generate_module, "load_any", load)
     assert run("--prompt", "We") == 1
     assert capsys.readouterr().err == "error: run: neither a run nor a checkpoint\n"
