@@ -26,6 +26,7 @@ class TrainingConfig:
 
     n_layer: int = 2
     vocab_size: int = 8192
+    embedding_std: float = 0.02  # at init. More tells tokens apart from the first step on, and recall is found sooner
     power: float = 0.01  # of the law that places the queries; see pretrain/mqar/task.py
     train_examples: int = 100_000
     test_examples: int = 3_000
@@ -126,6 +127,8 @@ def _validate(config: MqarConfig) -> None:
     for name in POSITIVE:
         if (value := getattr(training, name)) < 1:
             raise ConfigError(f"training.{name} must be at least 1, got {value}")
+    if training.embedding_std <= 0:
+        raise ConfigError(f"training.embedding_std must be above 0, got {training.embedding_std}")
     if not 0 <= training.warmup_fraction < 1:
         raise ConfigError(f"training.warmup_fraction must be in [0, 1), got {training.warmup_fraction}")
     if bad := [rate for rate in config.learning_rates if rate <= 0]:

@@ -40,7 +40,9 @@ def train_cell(cell: Cell, device: torch.device) -> CellResult:
     start = time.perf_counter()
     training = cell.training
     torch.manual_seed(cell.seed)
-    model = LanguageModel(cell.model_config()).to(device)
+    model = LanguageModel(cell.model_config())
+    torch.nn.init.normal_(model.embedding.weight, std=training.embedding_std)
+    model = model.to(device)
     train, test = (_examples(cell, part, device) for part in (TRAIN, TEST))
     batches = training.train_examples // cell.task.batch_size
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=cell.learning_rate)

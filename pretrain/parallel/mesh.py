@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from pretrain.config import COLLECTIVE_TIMEOUT, ConfigError
 
 TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT)
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun would say to a world of one
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def init_mesh(tensor: int) -> Iterator[Mesh]:
 @contextmanager
 def join_world() -> Iterator[torch.device]:
     """Start the process group: NCCL where there is a GPU, else gloo; without torchrun, a world of one."""
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, alone)  # DeepSpeed reads them too
+    alone = {name: value for name, value in ALONE.items() if name not in os.environ}
+    os.environ.update(alone)  # DeepSpeed reads them too
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -122,6 +123,8 @@ def join_world() -> Iterator[torch.device]:
         dist.barrier()  # no rank leaves while another still talks to it
     finally:
         dist.destroy_process_group()
+        for name in alone:  # another library would take them for a launcher's
+            os.environ.pop(name, None)
 
 
 @contextmanager
