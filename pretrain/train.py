@@ -82,7 +82,7 @@ def train(config: Config, stop: StopRequest, allowed: Sequence[str] = (), from_s
                 mesh.from_first(None)  # no rank's failure is overwritten by that
                 return _train(config, mesh, stop, allowed, from_step)
     except ConfigError as error:  # every rank finds that out
-        if os.environ["RANK"] == "0":
+        if os.environ.get("RANK", "0") == "0":
             write_status(run_dir, "bad_input", detail=str(error))
         raise
 
