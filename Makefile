@@ -36,7 +36,7 @@ slurm-test: $(INSTALLED)
 # What the interpreter stands in for elsewhere; needs no deepspeed and no megatron-core.
 gpu-test: $(INSTALLED)
 	$(BIN)/python3 -m kernels.selftest --device cuda --fresh
-	$(BIN)/python3 -m pytest --confcutdir=tests/kernels tests/kernels/gpu tests/longhorn_layers/test_model_on_gpu.py
+	$(BIN)/python3 -m pytest --confcutdir=tests/kernels tests/kernels/gpu tests/kernels/test_attention.py tests/kernels/test_gla.py tests/longhorn_layers/test_model_on_gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
