@@ -6,9 +6,7 @@ from torch import Tensor
 
 from kernels.longhorn_scan import longhorn_scan, longhorn_step
 from longhorn_layers.config import LonghornConfig
-from longhorn_layers.scan_mixer import ScanMixer
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from longhorn_layers.scan_mixer import Inputs, ScanMixer
 
 
 class LonghornMixer(ScanMixer):

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from kernels.selective_scan import selective_scan, selective_step
 from longhorn_layers.config import MambaConfig
-from longhorn_layers.scan_mixer import ScanMixer
+from longhorn_layers.scan_mixer import Inputs, ScanMixer
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # where the step sizes start (the authors' code)
 
 

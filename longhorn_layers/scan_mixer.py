@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from longhorn_layers.config import ScanMixerConfig
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a scan: u, dt, left, right, z
+
 
 class CausalConv1d(nn.Module):
     """Depthwise causal convolution over time; weight (channels, width), initialised like `nn.Conv1d`."""
@@ -69,7 +71,7 @@ class ScanMixer(nn.Module, ABC):
     @abstractmethod
     def scan(
         self,
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        inputs: Inputs,
         *,
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
@@ -81,7 +83,7 @@ class ScanMixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def step(self, state: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    def step(self, state: Tensor, inputs: Inputs) -> Tensor:
         """`scan` of one token: without the axis of time, `state` updated in place."""
 
     def forward(self, hidden: Tensor, *, cu_seqlens: Tensor | None = None, state: ScanState | None = None) -> Tensor:

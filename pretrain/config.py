@@ -8,7 +8,7 @@ each checkpoint.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,14 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _structured(*layers: Any) -> Any:

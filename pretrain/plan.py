@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from longhorn_layers.config import AttentionConfig, GLAConfig, ScanMixerConfig
-from pretrain.config import Config, ConfigError, config_to_dict, load_config
+from pretrain.config import Config, ConfigError, config_to_dict, flattened, load_config
 from pretrain.flops import flops_per_token, recomputed_flops_per_token
 from pretrain.memory import GIB, MASTER_AND_MOMENTS, ParameterCounts, estimate_memory
 from pretrain.plan_tables import gib, show, show_table
@@ -109,18 +109,12 @@ def _key(override: str) -> str:
 
 
 def _suggestion(key: str, names: set[str]) -> str:
-    by_leaf = {k.split(".")[-1]: k for k in _leaves(config_to_dict(Config()))}
+    by_leaf = {k.split(".")[-1]: k for k in flattened(config_to_dict(Config()))}
     by_leaf |= {name: name for name in names}
     close = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)
     if close:
         return f"; did you mean {by_leaf[close[0]]!r}?"
     return f"; the plan's own keys: {', '.join(sorted(names))}"
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        path = prefix + name
-        yield from _leaves(value, f"{path}.") if isinstance(value, dict) else [path]
 
 
 def _options(overrides: list[str]) -> PlanOptions:

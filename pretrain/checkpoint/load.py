@@ -14,7 +14,7 @@ from longhorn_layers.model import LanguageModel
 from pretrain.checkpoint import rng
 from pretrain.checkpoint.find import resolve
 from pretrain.checkpoint.format import CheckpointError, CheckpointManifest, rank_file_name, read_manifest
-from pretrain.config import Config, ConfigError, config_from_dict, config_to_dict
+from pretrain.config import Config, ConfigError, config_from_dict, config_to_dict, flattened
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.tensor_parallel import Sharding, shard_tensor, unshard_tensors
 from pretrain.parallel.zero import MASTER, Fragment, ZeroEngine
@@ -98,7 +98,7 @@ def _with_defaults(manifest: CheckpointManifest) -> dict[str, Any]:
 
 def check_allowed(allowed: Sequence[str], identity: dict[str, Any]) -> None:
     """Raise ConfigError for a key that no identity has: a misspelt one would allow nothing."""
-    known = sorted(set(_leaves(identity)) - set(FIXED))
+    known = sorted(set(flattened(identity)) - set(FIXED))
     for key in allowed:
         if key in FIXED:
             raise ConfigError(f"--allow {key}: can't change within a run, whose order of samples depends on it")
@@ -150,16 +150,9 @@ def _read_fragment(reader: _Reader, mesh: Mesh, sharding: Sharding, fragment: Fr
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """By dotted key: what was, what is."""
-    before, after = _leaves(saved), _leaves(now)
+    before, after = flattened(saved), flattened(now)
     keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return {key: f"{key} was {before.get(key)}, is {after.get(key)}" for key in keys}
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The report's pictures, as PNG bytes."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, ScalarFormatter
 
 from pretrain.compare.results import ModelResult
+from pretrain.report_files import png_bytes
 
 
 def _draw(draw: Callable[[Axes], None], **labels: str) -> bytes:
@@ -18,9 +18,7 @@ def _draw(draw: Callable[[Axes], None], **labels: str) -> bytes:
     axes.set(**labels)
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png_bytes(figure)
 
 
 def draw_losses(models: Sequence[ModelResult]) -> bytes:

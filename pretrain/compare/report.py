@@ -7,12 +7,12 @@ from typing import Any
 
 import orjson
 
-from data_tools.files import write_durably
 from pretrain.compare.config import CompareConfig, Comparison, ModelEntry
 from pretrain.compare.curves import TokenRatio
 from pretrain.compare.plots import draw_contexts, draw_losses, draw_rates
 from pretrain.compare.results import ModelResult, Pair, Results, mean
 from pretrain.compare.runs import at_edge
+from pretrain.report_files import write_files
 
 RATIO_NOTE = """\
 *Token ratio*: the tokens that a model needs over those that {reference} needs, both to the loss which is the lowest
@@ -46,9 +46,7 @@ def write_report(comparison: Comparison, results: Results, made_of: dict[str, An
         ),
         **pictures,
     }
-    for name, content in contents.items():
-        write_durably(comparison.run_dir / name, content)
-    return [comparison.run_dir / name for name in contents]
+    return write_files(comparison.run_dir, contents)
 
 
 def markdown(comparison: Comparison, results: Results, made_of: dict[str, Any], pictures: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
@@ -94,9 +94,9 @@ class Results:
             {
                 "other": pair.other,
                 "loss_differences": pair.differences,
-                "token_ratio": ratio_dict(pair.ratio),
-                "token_ratio_by_seed": [ratio_dict(ratio) for ratio in pair.by_seed],
-                "token_ratio_annealed": ratio_dict(pair.annealed),
+                "token_ratio": _ratio_dict(pair.ratio),
+                "token_ratio_by_seed": [_ratio_dict(ratio) for ratio in pair.by_seed],
+                "token_ratio_annealed": _ratio_dict(pair.annealed),
             }
             for pair in self.pairs
         ]
@@ -109,14 +109,8 @@ class Results:
         }
 
 
-def ratio_dict(ratio: TokenRatio) -> dict[str, Any]:
-    return {
-        "ratio": ratio.ratio,
-        "bound": ratio.bound,
-        "loss": ratio.loss,
-        "reference_tokens": ratio.reference_tokens,
-        "other_tokens": ratio.other_tokens,
-    }
+def _ratio_dict(ratio: TokenRatio) -> dict[str, Any]:
+    return {"ratio": ratio.ratio, **asdict(ratio)}
 
 
 def _model_dict(model: ModelResult) -> dict[str, Any]:

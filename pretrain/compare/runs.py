@@ -13,7 +13,7 @@ from pretrain import checkpoint
 from pretrain.compare.config import Comparison
 from pretrain.compare.curves import Curve, read_curve
 from pretrain.compare.pool import Task
-from pretrain.config import Config, ConfigError, config_to_dict, load_config
+from pretrain.config import Config, ConfigError, config_to_dict, flattened, load_config
 from pretrain.status import read_status
 
 DIVERGED = "not_finite"  # status.json's word for a run whose losses stayed without a finite value
@@ -207,13 +207,10 @@ def check_leftovers(runs: list[Run]) -> None:
             )
 
 
-def _changed(saved: dict[str, object], now: dict[str, object], prefix: str = "") -> str:
+def _changed(saved: dict[str, object], now: dict[str, object]) -> str:
     """The first key of IDENTITY that differs, as "key: saved, now value"; "" where none does."""
-    for key in sorted(saved.keys() | now.keys()):
-        full, before, after = f"{prefix}{key}", saved.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            if found := _changed(before, after, f"{full}."):
-                return found
-        elif before != after and full.startswith(IDENTITY):
-            return f"{full}: {before}, now {after}"
+    before, after = flattened(saved), flattened(now)
+    for key in sorted(before.keys() | after.keys()):
+        if key.startswith(IDENTITY) and before.get(key) != after.get(key):
+            return f"{key}: {before.get(key)}, now {after.get(key)}"
     return ""

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from pretrain.evaluation.figures import draw_perplexity, draw_positions
 from pretrain.evaluation.published import PublishedCurve
-from pretrain.evaluation.report import Report, SetResult, csv_bytes, json_bytes, write_files
+from pretrain.evaluation.report import Report, SetResult, csv_bytes, json_bytes
+from pretrain.report_files import write_files
 
 
 def labelled(reports: Sequence[Report]) -> dict[str, Report]:

@@ -1,6 +1,5 @@
 """The plots, as PNG bytes: perplexity over context, and the loss over the position in it."""
 
-import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 
 from pretrain.evaluation.losses import PositionLoss
 from pretrain.evaluation.published import PublishedCurve
+from pretrain.report_files import png_bytes
 
 WIDE = 3.0  # times between the highest and the lowest perplexity from which the axis is logarithmic
 SETTLED = 32  # from this position on all losses are in the picture, however high the first ones are
@@ -41,7 +41,7 @@ def draw_perplexity(
             own.yaxis.set_major_formatter("{x:g}")
         _finish(own, sorted({context for context, _ in every}), training_contexts)
         own.set(xlabel="context (tokens)", ylabel="perplexity per token")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_positions(
@@ -60,7 +60,7 @@ def draw_positions(
         _finish(own, [1 << octave for octave in range(last.bit_length())], training_contexts)
         own.set(xlabel="tokens of context before the target", ylabel="loss (nats per token), ± standard error")
         _show_settled(own, [position for positions in lines.values() for position in positions])
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _show_settled(axes: Axes, positions: Sequence[PositionLoss]) -> None:
@@ -87,9 +87,3 @@ def _finish(axes: Axes, ticks: Sequence[int], training_contexts: Collection[int]
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()

@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.files import write_durably
 from pretrain.evaluation.figures import draw_perplexity, draw_positions
 from pretrain.evaluation.losses import ContextResult, EvaluationError, PositionLoss
 from pretrain.evaluation.published import PublishedCurve
+from pretrain.report_files import write_files
 
 RESULT = "perplexity.json"
 REQUIRED = ("checkpoint", "step", "consumed_tokens", "training_context", "data", "tokenizer")
@@ -160,11 +160,3 @@ def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return table.getvalue().encode()
-
-
-def write_files(output: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    """Each whole or not at all; returns their paths."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_durably(output / name, content)
-    return [output / name for name in contents]

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -10,7 +9,7 @@ from data_tools.files import write_durably
 from data_tools.tokenizer import Tokenizer
 from longhorn_layers.config import ModelConfig
 from pretrain.checkpoint import LoadedModel, write_imported
-from pretrain.config import Config
+from pretrain.config import Config, flattened
 from pretrain.hf import ConversionError
 from pretrain.hf.folder import ORIGIN, TOKENIZER
 from pretrain.hf.layouts import canonical
@@ -43,15 +42,10 @@ def import_model(loaded: LoadedModel, tokenizer: Path, run_dir: Path, config: Co
 
 def _check_model(wanted: ModelConfig, found: ModelConfig, source: Path) -> None:
     """That a config is of the model that was found, however it writes it."""
-    now, there = (_flat(asdict(canonical(model))) for model in (wanted, found))
+    now, there = (flattened(asdict(canonical(model)), "model.") for model in (wanted, found))
     if differences := [
         f"{key} is {now.get(key)} in the config, {there.get(key)} there"
         for key in sorted(now.keys() | there.keys())
         if now.get(key) != there.get(key)
     ]:
         raise ConversionError(f"{source} is another model: {'; '.join(differences)}")
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    mixer = {f"model.mixer.{name}": value for name, value in values.pop("mixer").items()}
-    return {f"model.{name}": value for name, value in values.items()} | mixer

@@ -1,6 +1,5 @@
 """What a grid came to: for each model, task and width the best learning rate, as a table, JSON and a plot."""
 
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +9,9 @@ from typing import Any
 import orjson
 from matplotlib.figure import Figure
 
-from data_tools.files import write_durably
 from pretrain.mqar.config import Cell
 from pretrain.mqar.train import CellResult
+from pretrain.report_files import png_bytes, write_files
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ def write_report(
         "table.md": table(rows, len(results), cells).encode(),
         "accuracy.png": draw(rows),
     }
-    for name, content in contents.items():
-        write_durably(output / name, content)
-    return [output / name for name in contents]
+    return write_files(output, contents)
 
 
 def table(rows: Sequence[Row], done: int, cells: int) -> str:
@@ -121,9 +118,7 @@ def draw(rows: Sequence[Row]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
     panels[-1].legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png_bytes(figure)
 
 
 def _line(axes: Any, label: str, rows: Sequence[Row]) -> None:

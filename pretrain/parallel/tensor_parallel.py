@@ -193,7 +193,7 @@ def shard_longhorn(mixer: Any, mesh: Mesh) -> None:
     mixer.conv.bias = shard_parameter(mixer.conv.bias, mesh, dim=0)
     mixer.x_proj = RowThenColumnLinear(mixer.x_proj, mesh)
     # A plain matmul on the copied dt_low: a ColumnParallelLinear would sum its gradient a second time.
-    mixer.dt_head.weight = shard_parameter(mixer.dt_head.weight, mesh, dim=0)
+    _cut_outputs(mesh, mixer.dt_head)
     mixer.dt_bias = shard_parameter(mixer.dt_bias, mesh, dim=0)
     mixer.D = shard_parameter(mixer.D, mesh, dim=0)
     mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
@@ -209,8 +209,7 @@ def shard_gla(mixer: Any, mesh: Mesh) -> None:
     """Each rank has some heads, with their keys' decays; the decay's narrow projection is whole on every rank."""
     _check_heads(len(mixer.decay_bias) // mixer.key_dim, mesh)
     share_input(mixer)
-    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.decay_up):
-        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    _cut_outputs(mesh, mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.decay_up)
     mixer.decay_down = SharedLinear(mixer.decay_down)
     mixer.decay_bias = shard_parameter(mixer.decay_bias, mesh, dim=0)
     mixer.norm = SharedHeadNorm(mixer.norm)
@@ -221,17 +220,21 @@ def shard_attention(mixer: Any, mesh: Mesh) -> None:
     """Each rank has some heads."""
     _check_heads(mixer.q_proj.out_features // mixer.head_dim, mesh)
     share_input(mixer)
-    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj):
-        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    _cut_outputs(mesh, mixer.q_proj, mixer.k_proj, mixer.v_proj)
     mixer.out_proj = RowParallelLinear(mixer.out_proj, mesh)
 
 
 def shard_mlp(mlp: Any, mesh: Mesh) -> None:
     """Each rank has some of the SwiGLU's inner channels."""
     share_input(mlp)
-    for linear in (mlp.gate_proj, mlp.up_proj):
-        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
+    _cut_outputs(mesh, mlp.gate_proj, mlp.up_proj)
     mlp.down_proj = RowParallelLinear(mlp.down_proj, mesh)
+
+
+def _cut_outputs(mesh: Mesh, *linears: nn.Linear) -> None:
+    """Plain matmuls of this rank's outputs: their input's gradient is summed by whoever made the input."""
+    for linear in linears:
+        linear.weight = shard_parameter(linear.weight, mesh, dim=0)
 
 
 def _check_heads(heads: int, mesh: Mesh) -> None:
