@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d.cpu import causal_conv1d_cpu
+from kernels.causal_conv1d.cpu import causal_conv1d_cpu, causal_conv1d_step_cpu
 from kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
 
 __all__ = ["BACKENDS", "causal_conv1d", "causal_conv1d_step"]
@@ -71,7 +71,6 @@ def causal_conv1d(
     return (out, final_state) if return_final_state else out
 
 
-@torch.no_grad()
 def causal_conv1d_step(
     state: Tensor,
     x: Tensor,
@@ -83,7 +82,7 @@ def causal_conv1d_step(
 ) -> Tensor:
     """One token of `causal_conv1d` per row: the state moves on in place. No gradients.
 
-    On a GPU one kernel (plain torch for fp64), which a CUDA graph may hold.
+    On a GPU one kernel (plain torch for fp64), which a CUDA graph may hold; on a CPU C++ where `causal_conv1d` is.
 
     Args:
         state: (n_states, d_inner, d_conv - 1) as `causal_conv1d` returns it, with any strides;
@@ -97,7 +96,7 @@ def causal_conv1d_step(
         out (batch, d_inner) in x's dtype.
 
     Raises:
-        ValueError: for shapes or an activation that don't fit, by name.
+        ValueError: for shapes, an activation or (on a CPU) an index that don't fit, by name.
     """
     _check_operands(x, weight, bias, activation, dims=2)
     n_states = x.shape[0] if state_indices is None else state.shape[0]
@@ -108,7 +107,10 @@ def causal_conv1d_step(
         from kernels.causal_conv1d.triton import causal_conv1d_step_triton
 
         return causal_conv1d_step_triton(state, x, weight, bias, state_indices, activation == "silu")
-    return causal_conv1d_step_reference(state, x, weight, bias, state_indices, activation == "silu")
+    if state_indices is not None and not state_indices.is_cuda and max(state_indices.tolist(), default=-1) >= n_states:
+        raise ValueError(f"state_indices must be below {n_states}, the rows of state, not {state_indices.tolist()}")
+    run = causal_conv1d_step_cpu if x.device.type == "cpu" else causal_conv1d_step_reference
+    return run(state, x, weight, bias, state_indices, activation == "silu")
 
 
 def _resolve(backend: str, x: Tensor) -> str:

@@ -82,6 +82,15 @@ void store(bfloat16* to, Vector<float> value, int n) {
   store_lanes(to, __builtin_convertvector(bits, Bits16), n);
 }
 
+float widen(float x) { return x; }
+double widen(double x) { return x; }
+float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
 // e^x to 1e-7, x clamped to ±87 so that neither 2^n nor 1 / (1 + e^x) overflows.
 Vector<float> exp(Vector<float> x) {
   constexpr float kRound = 12582912.f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
@@ -157,6 +166,35 @@ void forward(const T* x, int64_t stride, const A* weight, const A* bias, const T
   }
 }
 
+// One token a row, whose state (slots oldest first, any strides) moves on in place; weight (D, K). Row r's state is
+// states[indices[r]], none where that is below 0; its own where `indices` is null. A lane at a time: strides differ,
+// and a call costs more than its work.
+template <typename T, typename A, int K>
+void step(T* states, int64_t row_stride, int64_t channel_stride, int64_t slot_stride, const int64_t* indices,
+          const T* x, int64_t x_stride, const A* weight, const A* bias, int64_t rows, int64_t D, bool silu, T* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t index = indices == nullptr ? row : indices[row];
+    if (index < 0) {
+      std::fill_n(out + row * D, D, T{});
+      continue;
+    }
+    for (int64_t d = 0; d < D; d += kLanes<A>) {
+      const int lanes = int(std::min<int64_t>(kLanes<A>, D - d));
+      const Vector<A> newest = load(x + row * x_stride + d, lanes);
+      Vector<A> sum = bias == nullptr ? Vector<A>{} : load(bias + d, lanes);
+      for (int i = 0; i < lanes; ++i) {
+        T* slots = states + index * row_stride + (d + i) * channel_stride;
+        const A* taps = weight + (d + i) * K;
+        for (int k = 0; k < K - 1; ++k) sum[i] += taps[k] * widen(slots[k * slot_stride]);
+        sum[i] += taps[K - 1] * newest[i];
+        for (int k = 0; k < K - 2; ++k) slots[k * slot_stride] = slots[(k + 1) * slot_stride];
+        slots[(K - 2) * slot_stride] = x[row * x_stride + d + i];
+      }
+      store(out + row * D + d, silu ? sum / (A(1) + exp(-sum)) : sum, lanes);
+    }
+  }
+}
+
 // With c the convolution and g = dL/dc:  dx[t] = Σ_k w[k]·g[t+K-1-k]    dw[k] = Σ_t g[t]·x[t-K+1+k]
 template <typename T, typename A, int K>
 void backward(const T* x, int64_t stride, const A* weight, const A* bias, const T* initial,
@@ -219,7 +257,7 @@ void with_width(int64_t width, Run run) {
 
 }  // namespace
 
-// One pair of functions per type of x (T), with sums in A. `initial`, `dfinal` and `dinitial` may be null.
+// Three functions per type of x (T), with sums in A. `initial`, `dfinal`, `dinitial`, a step's `indices` and `bias` may be null.
 #define EXPORT(NAME, T, A)                                                                          \
   extern "C" void forward_##NAME(int64_t width, const T* x, int64_t stride, const A* weight,        \
                                  const A* bias, const T* initial, const int64_t* bounds,            \
@@ -235,6 +273,15 @@ void with_width(int64_t width, Run run) {
     with_width(width, [&](auto K) {                                                                 \
       backward<T, A, K>(x, stride, weight, bias, initial, bounds, n_docs, D, silu, dout, dfinal,    \
                         dx, dweight, dbias, dinitial);                                              \
+    });                                                                                             \
+  }                                                                                                 \
+  extern "C" void step_##NAME(int64_t width, T* states, int64_t row_stride, int64_t channel_stride, \
+                              int64_t slot_stride, const int64_t* indices, const T* x,              \
+                              int64_t x_stride, const A* weight, const A* bias, int64_t rows,       \
+                              int64_t D, bool silu, T* out) {                                       \
+    with_width(width, [&](auto K) {                                                                 \
+      step<T, A, K>(states, row_stride, channel_stride, slot_stride, indices, x, x_stride, weight,  \
+                    bias, rows, D, silu, out);                                                      \
     });                                                                                             \
   }
 

@@ -1,6 +1,8 @@
 """The convolution in C++: one pass over the rows each way, nothing saved but the inputs."""
 
+from collections.abc import Callable
 from ctypes import CDLL, c_bool, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.causal_conv1d.reference import causal_conv1d_reference
+from kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
 from kernels.cpp import load_library
 
 SOURCE = Path(__file__).with_name("causal_conv1d.cpp")
@@ -38,6 +40,37 @@ def causal_conv1d_cpu(
         batch, seqlen, _ = x.shape
         bounds = [row * seqlen for row in range(batch + 1)]
     return _CausalConv1d.apply(x, weight, bias, initial_state, torch.tensor(bounds), silu, library)
+
+
+def causal_conv1d_step_cpu(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state_indices: Tensor | None, silu: bool
+) -> Tensor:
+    """`causal_conv1d_step_reference` in C++, or the reference itself where that can't run: as above, and for a state
+    of another dtype than x's."""
+    supported = x.dtype in DTYPES and weight.shape[1] in WIDTHS and state.dtype == x.dtype
+    library = load_library(SOURCE) if supported else None
+    if library is None:
+        return causal_conv1d_step_reference(state, x, weight, bias, state_indices, silu)
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weight, bias = weight.to(sums).contiguous(), None if bias is None else bias.to(sums).contiguous()
+    indices = None if state_indices is None else state_indices.long().contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _step_function(library, DTYPES[x.dtype])(
+        *(weight.shape[1], state.data_ptr(), *state.stride(), None if indices is None else indices.data_ptr()),
+        *(x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(*x.shape, silu, out.data_ptr()),
+    )
+    return out
+
+
+@cache
+def _step_function(library: CDLL, dtype: str) -> Callable[..., None]:
+    """With its argument types declared: converting them one by one takes longer than a token's work."""
+    function = getattr(library, f"step_{dtype}")
+    state, stream = [c_void_p, c_int64, c_int64, c_int64, c_void_p], [c_void_p, c_int64, c_void_p, c_void_p]
+    function.argtypes, function.restype = [c_int64, *state, *stream, c_int64, c_int64, c_bool, c_void_p], None
+    return function
 
 
 class _CausalConv1d(torch.autograd.Function):

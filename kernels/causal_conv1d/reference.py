@@ -28,6 +28,7 @@ def causal_conv1d_reference(
     return torch.cat(outs, dim=1), torch.cat(final_states)
 
 
+@torch.no_grad()
 def causal_conv1d_step_reference(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state_indices: Tensor | None, silu: bool
 ) -> Tensor:

@@ -3,13 +3,11 @@
 from torch import Tensor
 
 from kernels.longhorn_scan.cpu import cpu_scan
-from kernels.longhorn_scan.reference import longhorn_scan_reference
+from kernels.longhorn_scan.reference import UPDATES, longhorn_scan_reference
 from kernels.longhorn_scan.step import longhorn_step
 from kernels.scan.checks import BACKENDS, check_tensors, choose_backend
 
 __all__ = ["BACKENDS", "UPDATES", "longhorn_scan", "longhorn_scan_reference", "longhorn_step"]
-
-UPDATES = ("diagonal", "exact")
 
 
 def longhorn_scan(

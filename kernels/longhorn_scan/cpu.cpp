@@ -215,6 +215,46 @@ void backward(const Problem& p, const Gradients& o, const T* checkpoints) {
   }
 }
 
+// ---- decoding: one token a row, the state moved on in place; mirrored in cpu_cpp.py ----------------------------------
+struct Step {
+  const void *u, *dt, *q, *k, *z;        // rows of channels or states, each so many elements after the last; z or null
+  const void *D, *dt_bias;               // of type T, or null
+  const int64_t* indices;                // which row of the state is a token's, below 0 for none; null: its own
+  void *state, *out;                     // state of type T, with any strides; out contiguous [rows, D]
+  int64_t u_row, dt_row, q_row, k_row, z_row, state_row, state_channel, state_entry, rows, d_inner, d_state;
+};
+
+template <class IO, class T, int NS, bool EXACT>
+void step_rows(const Step& p) {
+  const int64_t D = p.d_inner, stride = p.state_channel;
+  const int N = NS ? NS : p.d_state;
+  std::vector<T> k(N), q(N);
+  Buffer<T> general(NS ? 0 : N);
+  for (int64_t row = 0; row < p.rows; row++) {
+    const int64_t index = p.indices ? p.indices[row] : row;
+    IO* out = (IO*)p.out + row * D;
+    if (index < 0) { std::fill_n(out, D, IO{}); continue; }
+    T* state = (T*)p.state + index * p.state_row;
+    const IO *k_row = (const IO*)p.k + row * p.k_row, *q_row = (const IO*)p.q + row * p.q_row;
+    T one_plus_k2 = 1;
+    for (int n = 0; n < N; n++) { k[n] = scalar(k_row[n]); q[n] = scalar(q_row[n]); one_plus_k2 += k[n] * k[n]; }
+    for (int64_t d = 0; d < D; d += W<T>) {
+      const int w = std::min<int64_t>(W<T>, D - d);
+      vec<T> local[NS ? NS : 1], *S = NS ? local : general.data;
+      for (int n = 0; n < N; n++) S[n] = gather<T>(state + d * stride + n * p.state_entry, stride, w);
+      const vec<T> u = load<T>((const IO*)p.u + row * p.u_row + d, w);
+      vec<T> x = load<T>((const IO*)p.dt + row * p.dt_row + d, w), y = {};
+      if (p.dt_bias) x += load<T>((const T*)p.dt_bias + d, w);
+      const vec<T> eps = 1 / (one_plus_k2 + exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)));
+      if (p.D) y = load<T>((const T*)p.D + d, w) * u;
+      y += step<T, NS, EXACT>(S, u, eps, k.data(), q.data(), N);
+      if (p.z) { const vec<T> z = load<T>((const IO*)p.z + row * p.z_row + d, w); y *= z * sigmoid<T>(z); }
+      store<T>(out + d, y, w);
+      for (int n = 0; n < N; n++) scatter<T>(state + d * stride + n * p.state_entry, S[n], stride, w);
+    }
+  }
+}
+
 // ---- entry points: with N = 16, the paper's, loops have a known length; any other N takes the general ones ----------
 #define ENTRY(NAME, IO, T, NS)                                                                                      \
   extern "C" void longhorn_forward_##NAME(const Problem* p, IO* out, T* ck, T* state, int exact) {                  \
@@ -226,6 +266,11 @@ void backward(const Problem& p, const Gradients& o, const T* checkpoints) {
     auto f = p->d_state == NS ? (exact ? backward<IO, T, NS, true> : backward<IO, T, NS, false>)                    \
                               : (exact ? backward<IO, T, 0, true> : backward<IO, T, 0, false>);                     \
     f(*p, *o, ck);                                                                                                  \
+  }                                                                                                                 \
+  extern "C" void longhorn_step_##NAME(const Step* p, int exact) {                                                  \
+    auto f = p->d_state == NS ? (exact ? step_rows<IO, T, NS, true> : step_rows<IO, T, NS, false>)                  \
+                              : (exact ? step_rows<IO, T, 0, true> : step_rows<IO, T, 0, false>);                   \
+    f(*p);                                                                                                          \
   }
 ENTRY(float32, float, float, 16)
 ENTRY(bfloat16, bf16, float, 16)

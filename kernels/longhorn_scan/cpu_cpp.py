@@ -1,7 +1,10 @@
 """The CPU walk in C++, through ctypes: strides over batch and time are walked in place, channels are contiguous."""
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +12,8 @@ from torch import Tensor
 from kernels.cpp import load_library
 from kernels.longhorn_scan.problem import Gradients, Inputs, Sequences
 from kernels.scan.native import SIZE_FIELDS, Strided, adjacent, contiguous, groups_of, pointer, sizes
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
 def available() -> bool:
@@ -51,8 +56,35 @@ def backward(
     return Gradients(du, ddt, dq, dk, dD.sum(0), ddt_bias.sum(0), dz, dinitial)
 
 
+def step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    q: Tensor,
+    k: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    state_indices: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """`longhorn_step`'s contract after its checks: every stream in one dtype, parameters in the state's.
+
+    A single token of 512 channels is 10 µs' work; the same in torch is 25 calls.
+    """
+    # Bound to names, so that copies made here live until the call is over.
+    streams = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (u, dt, q, k, z)]
+    whole = [contiguous(t) for t in (D, dt_bias, None if state_indices is None else state_indices.long())]
+    out = torch.empty(u.shape, dtype=u.dtype)
+    strides = (0 if t is None else t.stride(0) for t in streams)
+    pointers = map(pointer, (*streams, *whole, state, out))
+    problem = _CStep(*pointers, *strides, *state.stride(), *u.shape, k.shape[1])
+    _function("step", u.dtype)(ctypes.byref(problem), exact)
+    return out
+
+
 def _library() -> ctypes.CDLL | None:
-    return load_library(Path(__file__).with_name("cpu.cpp"))
+    return load_library(SOURCE)
 
 
 class _CProblem(ctypes.Structure):  # `struct Problem` of cpu.cpp
@@ -70,11 +102,24 @@ class _CGradients(ctypes.Structure):  # `struct Gradients` of cpu.cpp
     ]
 
 
+class _CStep(ctypes.Structure):  # `struct Step` of cpu.cpp
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("u", "dt", "q", "k", "z", "D", "dt_bias", "indices", "state", "out")),
+        *((f"{name}_row", ctypes.c_int64) for name in ("u", "dt", "q", "k", "z", "state")),
+        *((name, ctypes.c_int64) for name in ("state_channel", "state_entry", "rows", "d_inner", "d_state")),
+    ]
+
+
 def _call(direction: str, x: Inputs, sequences: Sequences, *arguments: object) -> None:
     # Bound to names, so that copies made here live until the call is over.
     streams = [adjacent(t) for t in (x.u, x.dt, x.q, x.k, x.z)]
     whole = [contiguous(t) for t in (x.D, x.dt_bias, x.initial_state)]
     problem = _CProblem(*map(Strided.of, streams), *map(pointer, whole), *sizes(sequences, x.u, x.k.shape[2]))
-    function = getattr(_library(), f"longhorn_{direction}_{str(x.u.dtype).removeprefix('torch.')}")
+    _function(direction, x.u.dtype)(ctypes.byref(problem), *arguments)
+
+
+@cache
+def _function(name: str, stored: torch.dtype) -> Callable[..., None]:
+    function: Any = getattr(_library(), f"longhorn_{name}_{str(stored).removeprefix('torch.')}")
     function.restype = None
-    function(ctypes.byref(problem), *arguments)
+    return function

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.scan.reference import skip_and_gate, walk_documents
 
+UPDATES = ("diagonal", "exact")
 MIN_DT = -80.0  # below it sigmoid(dt) is 0 in fp32 for all purposes, and exp(-dt) would overflow to inf
 
 

@@ -52,7 +52,7 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: 
     """ValueError unless `tensor`, where there is one, has this shape and is on the device of `like` (named `first`)."""
     if tensor is None:
         return
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {first}'s device, {like.device}, got {tensor.device}")
@@ -72,3 +72,36 @@ def check_cu_seqlens(cu_seqlens: Tensor, like: Tensor, first: str = "u") -> None
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != seqlen or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to seqlen {seqlen}, got {bounds[:4]}…{bounds[-2:]}")
+
+
+def check_step(
+    state: Tensor,
+    u: Tensor,
+    d_state: int,
+    state_indices: Tensor | None,
+    *,
+    streams: Mapping[str, Tensor | None],
+    rows: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor | None],
+) -> None:
+    """ValueError for a decode step's tensor of the wrong shape or device, or an index that is no row of `state`.
+
+    streams: (batch, d_inner) like u; rows: (batch, d_state); vectors: (d_inner,); all by name.
+    """
+    if u.dim() != 2:
+        raise ValueError(f"u must be (batch, d_inner), got shape {tuple(u.shape)}")
+    batch, d_inner = u.shape
+    device = u.device
+    for named, shape in ((streams, (batch, d_inner)), (rows, (batch, d_state)), (vectors, (d_inner,))):
+        for name, tensor in named.items():
+            if tensor is not None and (tensor.shape != shape or tensor.device != device):
+                check_shape(
+                    name, tensor, shape, u
+                )  # says what is wrong: a call for each would be felt in a token's time
+    check_shape("state", state, (batch if state_indices is None else len(state), d_inner, d_state), u)
+    check_shape("state_indices", state_indices, (batch,), u)
+    if state_indices is None or state_indices.is_cuda:
+        return  # a GPU's indices are not read: that would wait for it at every layer
+    found = state_indices.tolist()
+    if max(found, default=-1) >= len(state):
+        raise ValueError(f"state_indices must be below {len(state)}, the rows of state, got {max(found)}")

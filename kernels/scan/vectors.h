@@ -53,6 +53,16 @@ template <class T, class IO> void store(IO* p, vec<T> v, int n) {
   if (n == W<T>) return store_whole<T>(p, v);
   IO whole[W<T>]; store_whole<T>(whole, v); std::memcpy(p, whole, n * sizeof(IO));
 }
+// The same of numbers that lie `stride` apart.
+template <class T> vec<T> gather(const T* p, int64_t stride, int n) {
+  if (stride == 1) return load<T>(p, n);
+  vec<T> v = {}; for (int i = 0; i < n; i++) v[i] = p[i * stride];
+  return v;
+}
+template <class T> void scatter(T* p, vec<T> v, int64_t stride, int n) {
+  if (stride == 1) return store<T>(p, v, n);
+  for (int i = 0; i < n; i++) p[i * stride] = v[i];
+}
 inline float scalar(float x) { return x; }
 inline double scalar(double x) { return x; }
 inline float scalar(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &b, 4); return f; }

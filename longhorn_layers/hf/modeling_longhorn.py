@@ -34,12 +34,12 @@ def conv_plain(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) 
     return F.silu(outputs).transpose(1, 2), window[:, seqlen:]
 
 
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """conv_plain of one token; `earlier` moves on in place."""
-    window = torch.cat((earlier, x), 1)
+def conv_step(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> Tensor:
+    """conv_plain of one token, x (B, D); `earlier` (B, T - 1, D) moves on in place."""
+    window = torch.cat((earlier, x.unsqueeze(1)), 1)
     earlier.copy_(window[:, 1:])
     products = widen(window) * widen(weight).t()
-    return F.silu((products.sum(1, keepdim=True) + bias).to(x.dtype)), earlier  # rounded where conv1d rounds
+    return F.silu((products.sum(1) + bias).to(x.dtype))  # rounded where conv1d rounds
 
 
 def conv_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,9 @@ def conv_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) 
     return outputs, last.transpose(1, 2)
 
 
-def conv_step_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+def conv_step_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> Tensor:
     """conv_step by the kernel."""
-    state = earlier.transpose(1, 2)
-    return conv_kernels.causal_conv1d_step(state, x.squeeze(1), weight, bias, activation="silu").unsqueeze(1), earlier
+    return conv_kernels.causal_conv1d_step(earlier.transpose(1, 2), x, weight, bias, activation="silu")
 
 
 # ---- the recurrence ----
@@ -118,15 +117,15 @@ class LonghornMixer(nn.Module):
 
         `cache`, where given, is read and updated.
         """
+        earlier, state = read_states(cache, self.layer_index)
+        if earlier is not None and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._one_token(x.squeeze(1), None if mask is None else mask.squeeze(1), earlier, state).unsqueeze(1)
+        conv, scan = conv_plain, self._scan
+        if scan_kernels is not None and kernels_run(x):
+            conv, scan = conv_fused, self._scan_fused
         x, z = self.in_proj(x).chunk(2, -1)
         if mask is not None:
             x = x * mask
-        earlier, state = read_states(cache, self.layer_index)
-        one_token = state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
-        if scan_kernels is not None and kernels_run(x):
-            conv, scan = (conv_step_fused, self._step_fused) if one_token else (conv_fused, self._scan_fused)
-        else:
-            conv, scan = (conv_step, self._step) if one_token else (conv_plain, self._scan)
         x, earlier = conv(x, self.conv.weight, self.conv.bias, earlier)
         dt, k, q = self.x_proj(x).split(self.split_sizes, -1)
         if mask is not None:
@@ -135,8 +134,21 @@ class LonghornMixer(nn.Module):
         write_states(cache, self.layer_index, earlier, state)
         return self.out_proj(y.to(x.dtype))
 
-    # Four ways to compute the same: u, dt, z (B, L, D), k, q (B, L, N), state (B, N, D) fp32 or None -> (y, state).
-    # The steps take one token and move the state on in place.
+    def _one_token(self, x: Tensor, mask: Tensor | None, earlier: Tensor, state: Tensor) -> Tensor:
+        """`forward` without the axis of time: x (B, C), mask (B, 1); `earlier` and `state` move on in place."""
+        conv, step = conv_step, self._step
+        if scan_kernels is not None and kernels_run(x, one_token=True):
+            conv, step = conv_step_fused, self._step_fused
+        x, z = self.in_proj(x).chunk(2, -1)
+        if mask is not None:
+            x = x * mask
+        x = conv(x, self.conv.weight, self.conv.bias, earlier)
+        dt, k, q = self.x_proj(x).split(self.split_sizes, -1)
+        if mask is not None:
+            k = k * mask
+        return self.out_proj(step(x, self.dt_head(dt), k, q, z, state).to(x.dtype))
+
+    # Two ways to compute the same: u, dt, z (B, L, D), k, q (B, L, N), state (B, N, D) fp32 or None -> (y, state).
 
     def _scan(
         self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor | None
@@ -148,20 +160,6 @@ class LonghornMixer(nn.Module):
             state = u.new_zeros(u.shape[0], k.shape[-1], u.shape[-1])
         y, state = longhorn_scan(u, eps, k, q, state, self.update_rule == "exact")
         return (y + widen(self.D) * u) * F.silu(z), state
-
-    def _step(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        u, dt, k, q, z = map(widen, (u, dt, k, q, z))
-        # 1 / (1 / beta + |k|^2). No clamp: where beta is 0 so is eps, and no gradient is asked for.
-        inverse_beta = torch.sigmoid_(dt + widen(self.dt_bias)).reciprocal_()
-        eps = inverse_beta.add_(k.square().sum(-1, keepdim=True)).reciprocal_()
-        k = k.transpose(1, 2)
-        if self.update_rule == "exact":
-            missing = u - (k * state).sum(1, keepdim=True)
-        else:
-            missing = torch.addcmul(u, k, state, value=-1)
-        state.addcmul_(eps * k, missing)
-        y = widen(torch.bmm(q, state))  # autocast may round what is read out, which stays in no state
-        return y.addcmul_(widen(self.D), u).mul_(F.silu(z)), state
 
     def _scan_fused(
         self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor | None
@@ -177,12 +175,26 @@ class LonghornMixer(nn.Module):
         )
         return y, last.transpose(1, 2)
 
-    def _step_fused(
-        self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        u, dt, k, q, z = (x.squeeze(1) for x in (u, dt, k, q, z))
-        options = {"D": self.D, "dt_bias": self.dt_bias, "z": z, "update": self.update_rule}
-        return scan_kernels.longhorn_step(state.transpose(1, 2), u, dt, q, k, **options).unsqueeze(1), state
+    # And two for one token: u, dt, z (B, D), k, q (B, N), the state moved on in place -> y.
+
+    def _step(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> Tensor:
+        u, dt, k, q, z = map(widen, (u, dt, k, q, z))
+        # 1 / (1 / beta + |k|^2). No clamp: where beta is 0 so is eps, and no gradient is asked for.
+        inverse_beta = torch.sigmoid_(dt + widen(self.dt_bias)).reciprocal_()
+        eps = inverse_beta.add_(k.square().sum(-1, keepdim=True)).reciprocal_()
+        k, rows = k.unsqueeze(2), u.unsqueeze(1)
+        if self.update_rule == "exact":
+            missing = rows - (k * state).sum(1, keepdim=True)
+        else:
+            missing = torch.addcmul(rows, k, state, value=-1)
+        state.addcmul_(eps.unsqueeze(1) * k, missing)
+        y = widen(torch.bmm(q.unsqueeze(1), state)).squeeze(1)  # autocast may round this, which stays in no state
+        return y.addcmul_(widen(self.D), u).mul_(F.silu(z))
+
+    def _step_fused(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> Tensor:
+        return scan_kernels.longhorn_step(
+            state.transpose(1, 2), u, dt, q, k, D=self.D, dt_bias=self.dt_bias, z=z, update=self.update_rule
+        )
 
 
 class LonghornPreTrainedModel(RecurrentPreTrainedModel):

@@ -21,14 +21,15 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def kernels_run(x: Tensor) -> bool:
+def kernels_run(x: Tensor, one_token: bool = False) -> bool:
     """Whether the training repository's kernels, where they are imported, are the fast way for x (B, L, ...).
 
-    On a CPU a call of theirs costs more than one token does. Compilers and exporters trace plain PyTorch.
+    one_token: whether the one in question is made for L = 1; a CPU does one token faster in PyTorch than by others.
+    Compilers and exporters trace plain PyTorch.
     """
-    if not ((x.is_cuda and x.dtype != torch.float64) or (x.device.type == "cpu" and x.shape[1] > 1)):
-        return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    on_gpu = x.is_cuda and x.dtype != torch.float64
+    on_cpu = x.device.type == "cpu" and (one_token or x.shape[1] > 1)
+    return (on_gpu or on_cpu) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def walk_in_chunks(

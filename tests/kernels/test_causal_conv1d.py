@@ -228,9 +228,18 @@ def test_split_sequence_equals_whole(cut: int, backend: str) -> None:
     assert_close(run(split, *inputs), run(expected, *inputs), torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_step_equals_whole(dtype: torch.dtype) -> None:
-    x, weight, bias, state = (t.detach() for t in make_inputs(9, dtype))
+@pytest.mark.parametrize("without_compiler", [False, True])
+@pytest.mark.parametrize("slots_first", [False, True])  # in memory: exports keep (batch, d_conv - 1, d_inner)
+@pytest.mark.parametrize("d_conv", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_step_equals_whole(
+    dtype: torch.dtype, d_conv: int, slots_first: bool, without_compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, state = (t.detach() for t in make_inputs(9, dtype, d_conv=d_conv))
+    if slots_first:
+        state = state.transpose(1, 2).contiguous().transpose(1, 2)
+    if without_compiler:
+        monkeypatch.setattr(cpu, "load_library", lambda source: None)
     whole, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=state, return_final_state=True)
     steps = [causal_conv1d_step(state, t, weight, bias, activation="silu") for t in x.unbind(1)]
     out = torch.stack(steps, dim=1)
@@ -238,7 +247,10 @@ def test_step_equals_whole(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, whole)
 
 
-def test_step_with_state_indices() -> None:
+@pytest.mark.parametrize("without_compiler", [False, True])
+def test_step_with_state_indices(without_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without_compiler:
+        monkeypatch.setattr(cpu, "load_library", lambda source: None)
     x, weight, bias, _ = (t.detach() for t in make_inputs(1, torch.float32, batch=4))
     states = torch.randn(6, D_INNER, 3)
     before, rows = states.clone(), torch.tensor([4, -1, 0, -1])
@@ -248,6 +260,8 @@ def test_step_with_state_indices() -> None:
     assert torch.equal(out[[0, 2]], expected_out) and (out[[1, 3]] == 0).all()
     assert torch.equal(states[[4, 0]], alone)
     assert torch.equal(states[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    with pytest.raises(ValueError, match="state_indices must be below 6"):
+        causal_conv1d_step(states, x[:, 0], weight, bias, state_indices=torch.tensor([0, 1, 2, 6]))
 
 
 def test_same_gradients_for_any_number_of_threads() -> None:

@@ -5,11 +5,13 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import cpp
 from kernels.longhorn_scan import cpu_cpp, longhorn_scan, longhorn_step
 
 UPDATES = ("diagonal", "exact")
+STREAMS = ("u", "dt", "q", "k", "z")
 
 
 @pytest.fixture(params=["cpp", "torch"])
@@ -240,23 +242,50 @@ def test_views_are_read_in_place(engine: str) -> None:
     assert_close(outputs_and_gradients(views, backend="cpu"), want, 1e-12)
 
 
+@pytest.mark.usefixtures("poison_buffers")
+@pytest.mark.parametrize("entries_first", [False, True])  # in memory: exports keep (batch, d_state, d_inner)
+@pytest.mark.parametrize("d_state", [9, 16])
 @pytest.mark.parametrize("update", UPDATES)
-def test_steps_equal_scan(update: str) -> None:
-    inputs = make_inputs(3, 20, 21, 9)
+def test_steps_equal_scan(engine: str, update: str, d_state: int, entries_first: bool) -> None:
+    inputs = make_inputs(3, 20, 37, d_state)
+    inputs["k"][:, 3] = 0
+    inputs["k"][:, 5] = 30 * functional.one_hot(torch.tensor(2), d_state)
+    inputs["dt"][:, 7], inputs["dt"][:, 8] = -300, 300
     want, want_state = longhorn_scan(**inputs, return_final_state=True, update=update, backend="reference")
     state = inputs["initial_state"].clone()
+    if entries_first:
+        state = state.transpose(1, 2).contiguous().transpose(1, 2)
     for t in range(20):
-        tokens = {name: inputs[name][:, t] for name in ("u", "dt", "q", "k", "z")}
+        tokens = {name: inputs[name][:, t] for name in STREAMS}
         out = longhorn_step(state, **tokens, D=inputs["D"], dt_bias=inputs["dt_bias"], update=update)
         torch.testing.assert_close(out, want[:, t])
     torch.testing.assert_close(state, want_state)
 
 
-def test_step_with_state_indices() -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("update", UPDATES)
+def test_steps_stay_near_float64(engine: str, update: str, stored: torch.dtype) -> None:
+    """As many as a text has, with streams that bf16 holds exactly and no optional input."""
+    inputs = make_inputs(2, 300, 37, 16)
+    tokens = {name: inputs[name].to(stored) for name in ("u", "dt", "q", "k")}
+    want, want_state = longhorn_scan(
+        **{name: t.double() for name, t in tokens.items()}, return_final_state=True, update=update, backend="reference"
+    )
+    state = torch.zeros(2, 37, 16)
+    steps = zip(*(t.unbind(1) for t in tokens.values()), strict=True)
+    outs = [longhorn_step(state, *step, update=update) for step in steps]
+    assert outs[0].dtype == stored
+    tolerance = 2**-8 if stored == torch.bfloat16 else 1e-5
+    assert_close({"out": torch.stack(outs, 1)}, {"out": want}, tolerance)
+    assert_close({"state": state}, {"state": want_state}, 1e-5)
+
+
+@pytest.mark.usefixtures("poison_buffers")
+def test_step_with_state_indices(engine: str) -> None:
     inputs = make_inputs(3, 1, 21, 9)
-    tokens = {name: inputs[name][:, 0] for name in ("u", "dt", "q", "k", "z")}
+    tokens = {name: inputs[name][:, 0] for name in STREAMS}
     state = make_inputs(5, 1, 21, 9, seed=1)["initial_state"]
-    before, rows = state.clone(), torch.tensor([4, -1, 2])
+    before, rows = state.clone(), torch.tensor([4, -1, 2], dtype=torch.int32)
     out = longhorn_step(state, **tokens, state_indices=rows)
     alone = before[[4, 0, 2]].clone()
     want = longhorn_step(alone, **tokens)
@@ -264,6 +293,34 @@ def test_step_with_state_indices() -> None:
     assert not out[1].any()
     torch.testing.assert_close(state[[4, 2]], alone[[0, 2]])
     torch.testing.assert_close(state[[0, 1, 3]], before[[0, 1, 3]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_step_does_not_hide_nan(engine: str, name: str) -> None:
+    inputs = {key: t.float() for key, t in make_inputs(1, 1, 37, 16).items()}
+    inputs[name][:] = float("nan")
+    assert longhorn_step(inputs["initial_state"], **{key: inputs[key][:, 0] for key in STREAMS}).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update": "fast"}, "update must be one of"),
+        ({"u": torch.zeros(2, 1, 8)}, r"u must be \(batch, d_inner\)"),
+        ({"q": torch.zeros(2, 3)}, r"q must have shape \(2, 4\), got \(2, 3\)"),
+        ({"dt": torch.zeros(1, 8)}, r"dt must have shape \(2, 8\)"),
+        ({"D": torch.zeros(9)}, r"D must have shape \(8,\)"),
+        ({"state": torch.zeros(1, 8, 4)}, r"state must have shape \(2, 8, 4\)"),
+        ({"state_indices": torch.tensor([1])}, r"state_indices must have shape \(2,\)"),
+        ({"state_indices": torch.tensor([1, 2])}, "state_indices must be below 2, the rows of state, got 2"),
+    ],
+)
+def test_wrong_arguments_of_a_step(engine: str, change: dict[str, object], message: str) -> None:
+    right = {"state": torch.zeros(2, 8, 4), "u": torch.zeros(2, 8), "dt": torch.zeros(2, 8)}
+    right |= {"q": torch.zeros(2, 4), "k": torch.zeros(2, 4)}
+    longhorn_step(**right)
+    with pytest.raises(ValueError, match=message):
+        longhorn_step(**{**right, **change})
 
 
 def test_result_does_not_depend_on_threads() -> None:
