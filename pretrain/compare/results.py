@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import orjson
-
 from longhorn_layers.config import ModelConfig
 from pretrain import checkpoint
 from pretrain.compare.config import Comparison
 from pretrain.compare.curves import Curve, TokenRatio, mean_curve, token_ratio
 from pretrain.compare.runs import Run, evaluation_folder, grid_loss
+from pretrain.evaluation.report import RESULT, Report
 from pretrain.flops import flops_per_token
 
 
@@ -135,7 +134,7 @@ def collect(comparison: Comparison, grid: Sequence[Run], full: Sequence[Run], sp
     models = {}
     for name in comparison.bases:
         own = [run for run in full if run.model == name]
-        found = [orjson.loads((evaluation_folder(run, comparison) / "perplexity.json").read_bytes()) for run in own]
+        found = [Report.read(evaluation_folder(run, comparison) / RESULT) for run in own]
         models[name] = ModelResult(
             name=name,
             model=comparison.bases[name].model,
@@ -145,7 +144,7 @@ def collect(comparison: Comparison, grid: Sequence[Run], full: Sequence[Run], sp
             lr=own[0].lr,
             grid={run.lr: grid_loss(run) for run in grid if run.model == name},
             curves=[run.curve() for run in own],
-            bits_per_byte=[one["sets"][0]["contexts"][0]["bits_per_byte"] for one in found],
+            bits_per_byte=[report.rows()[0]["bits_per_byte"] for report in found],
             perplexity=_perplexities(found),
         )
     reference = models[comparison.reference]
@@ -155,15 +154,14 @@ def collect(comparison: Comparison, grid: Sequence[Run], full: Sequence[Run], sp
     return Results(reference.name, models, pairs, digest, sorted({manifest.commit for manifest in manifests}))
 
 
-def _perplexities(found: list[dict[str, Any]]) -> list[Perplexity]:
-    """Of perplexity.json's contents, one a seed: by document set."""
+def _perplexities(found: list[Report]) -> list[Perplexity]:
+    """Of evaluations, one a seed: by document set."""
     perplexities = []
-    for sets in zip(*(one["sets"] for one in found), strict=True):
+    for sets in zip(*(report.sets for report in found), strict=True):
         by_context: dict[int, list[float]] = {}
-        for row in (row for one in sets for row in one["contexts"]):
-            value = row["perplexity"]
-            by_context.setdefault(row["context"], []).append(math.inf if value is None else value)
-        perplexities.append(Perplexity(sets[0]["name"], sets[0]["documents"], by_context))
+        for result in (result for one in sets for result in one.contexts):
+            by_context.setdefault(result.context, []).append(result.perplexity)
+        perplexities.append(Perplexity(sets[0].name, sets[0].documents, by_context))
     return perplexities
 
 

@@ -14,6 +14,8 @@ from pretrain.compare.config import Comparison
 from pretrain.compare.curves import Curve, read_curve
 from pretrain.compare.pool import Task
 from pretrain.config import Config, ConfigError, config_to_dict, flattened, load_config
+from pretrain.evaluation.losses import EvaluationError
+from pretrain.evaluation.report import RESULT, Report
 from pretrain.status import read_status
 
 DIVERGED = "not_finite"  # status.json's word for a run whose losses stayed without a finite value
@@ -171,7 +173,7 @@ def evaluation_task(run: Run, comparison: Comparison, seconds: float) -> Task:
         command=(sys.executable, "-m", "pretrain.evaluate", str(run.folder), *options, "--output", str(folder)),
         log=log,
         seconds=seconds,
-        complete=lambda: _evaluated(folder / "perplexity.json", run, comparison),
+        complete=lambda: _evaluated(folder / RESULT, run, comparison),
         progress=lambda: 0.0,
         failure=lambda: "see its log",
     )
@@ -179,13 +181,15 @@ def evaluation_task(run: Run, comparison: Comparison, seconds: float) -> Task:
 
 def _evaluated(path: Path, run: Run, comparison: Comparison) -> bool:
     """Whether the file is of this run's end, these contexts and this data."""
-    if not path.exists():
+    try:
+        found = Report.read(path)
+    except (FileNotFoundError, EvaluationError):
         return False
-    found, config = orjson.loads(path.read_bytes()), comparison.config
-    contexts = [row["context"] for row in found["sets"][0]["contexts"]]
-    same = contexts == sorted(config.contexts) and found["max_tokens"] == config.evaluated_tokens
+    config, made_of = comparison.config, found.made_of
+    contexts = [result.context for result in found.sets[0].contexts]
+    same = contexts == sorted(config.contexts) and made_of["max_tokens"] == config.evaluated_tokens
     digest = open_dataset(run.config.data.valid).digest
-    return same and found["consumed_tokens"] == run.tokens and found["data"]["digest"] == digest
+    return same and made_of["consumed_tokens"] == run.tokens and made_of["data"]["digest"] == digest
 
 
 def check_leftovers(runs: list[Run]) -> None:

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint import LoadedModel
+from pretrain.evaluation.report import RESULT, Report
 from pretrain.hf.check import LENGTHS, STEPS, Differences
 
 CONSTANT = "Its state does not grow with the text, so that longer ones cost no more per token."
@@ -133,26 +134,25 @@ def _origin(origin: dict[str, Any] | None) -> str:
 def _evaluation(checkpoint: Path) -> Iterator[str]:
     """Tables of what was measured of a checkpoint, RUN/checkpoints/step_…, in RUN/evaluation/step_…."""
     folder = checkpoint.parents[1] / "evaluation" / checkpoint.name
-    if (path := folder / "perplexity.json").is_file():
-        yield _perplexity(orjson.loads(path.read_bytes()))
+    if (path := folder / RESULT).is_file():
+        yield _perplexity(Report.read(path))
     if (path := folder / "downstream.json").is_file():
         yield _downstream(orjson.loads(path.read_bytes()))
 
 
-def _perplexity(report: dict[str, Any]) -> str:
+def _perplexity(report: Report) -> str:
     rows = [
         (
-            found["name"],
+            row["documents"],
             f"{row['context']:,}",
             f"{row['perplexity']:.3f}",
             f"{row['bits_per_byte']:.4f}",
             f"{row['tokens']:,}",
         )
-        for found in report["sets"]
-        for row in found["contexts"]
+        for row in report.rows()
     ]
     table = _table(("documents", "context", "perplexity", "bits per byte", "tokens"), rows)
-    data = report["data"]
+    data = report.made_of["data"]
     return f"Perplexity on `{data['prefix']}` (digest `{data['digest']}`):\n\n{table}"
 
 

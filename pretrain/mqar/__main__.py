@@ -8,22 +8,20 @@ stopped. Then, or when stopped, writes OUTPUT/results.json, table.md and accurac
 """
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from kernels.benchmarks.record import provenance
 from pretrain.config import ConfigError
 from pretrain.mqar.config import Cell, MqarConfig, cells, load_grid
 from pretrain.mqar.grid import CellFailed, read_result, train_cells
 from pretrain.mqar.report import write_report
 from pretrain.mqar.train import CellResult
-from pretrain.provenance import code_commit
 from pretrain.say import say
 
 
@@ -49,6 +47,7 @@ class Progress:
 def run(config: MqarConfig, device: str, workers: int) -> list[Path]:
     """Train what no earlier run has, then report; returns the report's files."""
     output, grid = Path(config.output), cells(config)
+    made_of = provenance(torch.device(device)) | {"config": asdict(config)}
     found = {cell.key: result for cell in grid if (result := read_result(output, cell))}
     waiting = [cell for cell in grid if cell.key not in found]
     say(f"{len(grid)} cells, {len(found)} of them trained earlier; results in {output}")
@@ -62,20 +61,8 @@ def run(config: MqarConfig, device: str, workers: int) -> list[Path]:
         train_cells(waiting, output, device, workers, on_done)
     finally:
         done = [(cell, found[cell.key]) for cell in grid if cell.key in found]
-        written = write_report(output, done, len(grid), _provenance(config, device)) if done else []
+        written = write_report(output, done, len(grid), made_of) if done else []
     return written
-
-
-def _provenance(config: MqarConfig, device: str) -> dict[str, Any]:
-    hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "config": asdict(config),
-        "device": device,
-        "hardware": hardware,
-        "commit": code_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def _duration(seconds: float) -> str:
