@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
         embedded = self.embedding(input_ids)
         residual, update = embedded.to(torch.promote_types(embedded.dtype, torch.float32)), None
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and state is None and torch.is_grad_enabled():
                 residual, update = checkpoint(block, residual, update, cu_seqlens, use_reentrant=False)
             else:
                 residual, update = block(residual, update, cu_seqlens, None if state is None else state.layers[i])

@@ -51,7 +51,7 @@ def gated_linear_attention(device: str) -> Case:
         {"batch": 2, "seqlen": 77, "n_head": 3, "d_k": 16, "d_v": 24},
         variants,
         "unbind loop",
-        bars=(Bar("chunked", "unbind loop", 5.0),),
+        bars=(Bar("chunked", "unbind loop", 3.0),),
         wide=("log_decay",),
     )
 

@@ -42,7 +42,8 @@ class _Scan(torch.autograd.Function):
         ctx, forward: Forward, backward: Backward, pack: Callable[..., Any], grad_enabled: bool, *inputs: Tensor | None
     ):
         keep = grad_enabled and any(ctx.needs_input_grad)  # true of parameters under no_grad too
-        out, state, checkpoints = forward(pack(*inputs), keep=keep)
+        with torch.autocast("cpu", enabled=False):  # it would round the torch engine's matmuls
+            out, state, checkpoints = forward(pack(*inputs), keep=keep)
         ctx.save_for_backward(checkpoints, *inputs)
         ctx.backward_of_scan, ctx.pack = backward, pack
         ctx.set_materialize_grads(False)
@@ -53,5 +54,6 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dout: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
         checkpoints, *inputs = ctx.saved_tensors
         dout = torch.zeros_like(inputs[0]) if dout is None else dout
-        gradients = ctx.backward_of_scan(ctx.pack(*inputs), checkpoints=checkpoints, dout=dout, dstate=dstate)
+        with torch.autocast("cpu", enabled=False):
+            gradients = ctx.backward_of_scan(ctx.pack(*inputs), checkpoints=checkpoints, dout=dout, dstate=dstate)
         return None, None, None, None, *gradients

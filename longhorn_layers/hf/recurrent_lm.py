@@ -147,8 +147,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
         output_hidden_states: also return the input of every block and the normalised output of the
             last one, each (B, L, C) fp32.
 
-        Raises ValueError unless exactly one input is given, and for a mask of another shape.
+        Raises ValueError unless exactly one input is given, for a mask of another shape, and for `past_key_values`:
+        transformers' name for what is `cache_params` here would otherwise be passed over.
         """
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("this model goes on from a state: pass it as cache_params, not as past_key_values")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = widen(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
@@ -219,6 +222,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(
             input_ids,
+            past_key_values=kwargs.pop("past_key_values", None),
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             cache_params=cache_params,
@@ -265,8 +269,11 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     ) -> RecurrentCausalLMOutput:
         """The forward pass over the prompt, `prefill_chunk_size` tokens at a time where that is set.
 
-        transformers' own chunks ask the cache for a length. Raises ValueError for chunks without a cache.
+        transformers' own chunks ask the cache for a length. Raises ValueError for chunks without a cache, and for
+        guidance with one: its second text would go on from a `past_key_values`, which a state is not.
         """
+        if generation_config.guidance_scale not in (None, 1) and model_kwargs.get("use_cache"):
+            raise ValueError("guidance_scale needs use_cache=False with a recurrent model")
         size = generation_config.prefill_chunk_size
         if size is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]

@@ -73,6 +73,7 @@ class Work:
         check_leftovers(grid)
         made_by = provenance(self.device)
         comparison.run_dir.mkdir(parents=True, exist_ok=True)
+        self._hold_to_data()
         self.speeds = measured_speeds(comparison.run_dir / "speed.json", comparison.bases, self.device)
         pool = Pool(self._environments(), self._tick)
         rates = dict.fromkeys(
@@ -107,6 +108,17 @@ class Work:
                 f"contexts: {data.valid} has {valid.tokens:,} tokens, too few for a context of {largest:,}"
             )
         return valid
+
+    def _hold_to_data(self) -> None:
+        """Raise ConfigError where losses measured so far are of other validation data; note which data it is."""
+        note = self.comparison.run_dir / "validation.json"
+        if not note.exists():
+            write_durably(note, orjson.dumps({"digest": self.valid.digest}))
+        elif orjson.loads(note.read_bytes())["digest"] != self.valid.digest:
+            raise ConfigError(
+                f"{self.comparison.run_dir} measured its losses on other data than {self.comparison.base.data.valid} "
+                "has now; set another run_dir, or remove that folder"
+            )
 
     def _environments(self) -> list[dict[str, str]]:
         """Each worker's own GPUs, or none."""

@@ -153,6 +153,12 @@ def _check_shared(comparison: Comparison) -> None:
                     f"models.{name}: {key} is {other}, {comparison.reference}'s is {own}: models are compared on the "
                     "same batches; set it in `overrides`, which is for all"
                 )
+        optim, reference = comparison.bases[name].optim, comparison.base.optim
+        if not math.isclose(optim.min_lr / optim.lr, reference.min_lr / reference.lr):
+            raise ConfigError(
+                f"models.{name}: its learning rate falls to {optim.min_lr / optim.lr:.3g} of the highest, "
+                f"{comparison.reference}'s to {reference.min_lr / reference.lr:.3g}: set optim.min_lr in `overrides`"
+            )
 
 
 def _check_sizes(comparison: Comparison) -> None:

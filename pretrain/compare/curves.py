@@ -85,12 +85,12 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def read_curve(run_dir: Path, tokens_per_step: int) -> Curve:
-    """The validation losses in a run's metrics.jsonl. Raises ValueError where there are none."""
+    """The validation losses in a run's metrics.jsonl, inf where they were no number. Raises ValueError for none."""
     path = run_dir / "metrics.jsonl"
     losses = {
-        record["step"] * tokens_per_step: record["validation_loss"]
+        record["step"] * tokens_per_step: math.inf if record["validation_loss"] is None else record["validation_loss"]
         for record in map(orjson.loads, path.read_bytes().splitlines())
-        if record.get("validation_loss") is not None
+        if "validation_loss" in record
     }
     if not losses:
         raise ValueError(f"{path}: no validation loss in it")

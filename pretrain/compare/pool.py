@@ -146,5 +146,5 @@ def _end(running: Sequence[_Running]) -> None:
         try:
             one.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            one.process.kill()
+            os.killpg(one.process.pid, signal.SIGKILL)  # torchrun's workers too
             one.process.wait()

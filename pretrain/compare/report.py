@@ -20,9 +20,10 @@ that both reach (the worse one's best). Validation losses are joined by straight
 tokens, the lowest so far counting. Above 1, {reference} learns from fewer tokens. *Mean curves*: of the losses'
 means over the seeds. *By seed*: of the two runs with the same data order. The learning rate falls over the whole of a
 run, so that a loss on the way is higher than a run that ends there would have: this draws the ratio towards 1.
-*Ends of schedules* has no such bias: it lies on the line between the ends of two runs each, the grid's
-({grid:,} tokens) and the full one, with the first seed; but that is two points. "≥" and "≤": a curve was
-there at its first point already; "unknown": both were."""
+*Ends of schedules* lies on the line between the ends of two runs each, the grid's ({grid:,} tokens) and the full one,
+with the first seed. Each of these ended at its lowest rate; but the true curve bends below a line through two points,
+which draws this ratio towards 1 too. "≥" and "≤": a curve was there at its first point already; "unknown": both
+were."""
 
 
 def write_report(comparison: Comparison, results: Results, made_of: dict[str, Any]) -> list[Path]:
@@ -121,7 +122,7 @@ def _models_table(comparison: Comparison, results: Results, made_of: dict[str, A
         f"{min(comparison.config.contexts):,} tokens of context, over the evaluated documents. Tokens per second: "
         f"measured alone and side by side, the median of {speed['steps']} steps of each in turn (a micro-batch of "
         f"{speed['micro_batch_size']} × {speed['context']:,}, forward, backward, clipping, AdamW), on one "
-        f"{made_of['device_name']}"
+        f"{speed['conditions']['hardware']}"
         + (f", {speed['threads']} thread(s)" if speed["device"] == "cpu" else "")
         + f", whose load average was {speed['hardware']['load_average']} before."
     )

@@ -12,15 +12,19 @@ from data_tools.dataset import open_dataset
 from pretrain import checkpoint
 from pretrain.compare.config import Comparison
 from pretrain.compare.curves import Curve, read_curve
-from pretrain.compare.pool import Task
+from pretrain.compare.pool import Task, TaskFailed
 from pretrain.config import Config, ConfigError, config_to_dict, flattened, load_config
 from pretrain.evaluation.losses import EvaluationError
 from pretrain.evaluation.report import RESULT, Report
+from pretrain.evaluation.source import fingerprint
 from pretrain.status import read_status
 
 DIVERGED = "not_finite"  # status.json's word for a run whose losses stayed without a finite value
 # What a run is made of: a finished one whose config differs here is another comparison's.
-IDENTITY = ("model", "data", "optim", "eval", "train.total_tokens", "train.global_batch_size", "train.seed")
+IDENTITY = (
+    *("model", "data", "optim", "eval"),
+    *("train.total_tokens", "train.global_batch_size", "train.seed", "train.precision"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class Run:
         return not self.done and read_status(self.folder).get("reason") == DIVERGED
 
     def curve(self) -> Curve:
-        return read_curve(self.folder, self.config.tokens_per_step)
+        """Raises TaskFailed where a validation loss is not finite: nothing can be compared with that."""
+        curve = read_curve(self.folder, self.config.tokens_per_step)
+        if not all(map(math.isfinite, curve.losses)):
+            raise TaskFailed(f"{self.folder}: a validation loss is not finite (see its metrics.jsonl)")
+        return curve
 
     def progress(self) -> float:
         """Part of its steps that a running training has done, by the last whole line of its metrics."""
@@ -134,7 +142,7 @@ def choose_rates(runs: list[Run]) -> dict[str, float]:
 
 def grid_loss(run: Run) -> float:
     """The final validation loss; infinite for a training that diverged."""
-    return math.inf if run.diverged else run.curve().final
+    return math.inf if run.diverged else read_curve(run.folder, run.config.tokens_per_step).final
 
 
 def at_edge(rate: float, rates: list[float]) -> bool:
@@ -180,7 +188,7 @@ def evaluation_task(run: Run, comparison: Comparison, seconds: float) -> Task:
 
 
 def _evaluated(path: Path, run: Run, comparison: Comparison) -> bool:
-    """Whether the file is of this run's end, these contexts and this data."""
+    """Whether the file is of these very weights, these contexts and this data."""
     try:
         found = Report.read(path)
     except (FileNotFoundError, EvaluationError):
@@ -189,7 +197,8 @@ def _evaluated(path: Path, run: Run, comparison: Comparison) -> bool:
     contexts = [result.context for result in found.sets[0].contexts]
     same = contexts == sorted(config.contexts) and made_of["max_tokens"] == config.evaluated_tokens
     digest = open_dataset(run.config.data.valid).digest
-    return same and made_of["consumed_tokens"] == run.tokens and made_of["data"]["digest"] == digest
+    weights = fingerprint(checkpoint.resolve(run.folder))
+    return same and made_of["fingerprint"] == weights and made_of["data"]["digest"] == digest
 
 
 def check_leftovers(runs: list[Run]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import torch
 
-from kernels.benchmarks.record import provenance, write_json
+from kernels.benchmarks.record import hardware_name, provenance, write_json
 from kernels.benchmarks.timing import take_turns
 from pretrain.benchmarks.step import TorchStep, random_batch
 from pretrain.config import Config, config_to_dict
@@ -17,24 +17,25 @@ STEPS = 10  # timed, of each model
 
 
 def measured_speeds(path: Path, configs: Mapping[str, Config], device: torch.device) -> dict[str, Any]:
-    """The record at `path`; measured and written where there is none of these models on such a device.
+    """The record at `path`; measured and written where there is none of these models under these conditions.
 
     The first config's micro-batch and threads are everybody's. All models are in memory at once.
 
     Returns:
-        {"device", "threads", "micro_batch_size", "context", "steps", "models": {name: {"model": its config,
-        "tokens_per_second", "median_ms", "all_ms", …}}} and where and when (kernels/benchmarks/record.py).
+        {"conditions", "device", "threads", "micro_batch_size", "context", "steps", "models": {name: {"model": its
+        config, "tokens_per_second", "median_ms", "all_ms", …}}} and where and when (kernels/benchmarks/record.py).
     """
     models = {name: config_to_dict(config)["model"] for name, config in configs.items()}
+    conditions = _conditions(next(iter(configs.values())), device)
     if path.exists():
         record = orjson.loads(path.read_bytes())
         known = {name: found["model"] for name, found in record["models"].items()}
-        if known == models and record["device"] == device.type:
+        if known == models and record.get("conditions") == conditions:
             return record
     made_by, threads = provenance(device), torch.get_num_threads()
     torch.set_num_threads(next(iter(configs.values())).train.threads or threads)
     try:
-        record = made_by | _measure(configs, device)
+        record = made_by | {"conditions": conditions} | _measure(configs, device)
     finally:
         torch.set_num_threads(threads)
     for name, model in models.items():
@@ -43,6 +44,15 @@ def measured_speeds(path: Path, configs: Mapping[str, Config], device: torch.dev
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the trainings' now
     return record
+
+
+def _conditions(first: Config, device: torch.device) -> dict[str, Any]:
+    train = first.train
+    return {
+        "hardware": hardware_name(device),
+        "context": first.data.seqlen,
+        **{name: getattr(train, name) for name in ("micro_batch_size", "precision", "threads")},
+    }
 
 
 def _measure(configs: Mapping[str, Config], device: torch.device) -> dict[str, Any]:

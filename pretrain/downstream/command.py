@@ -100,7 +100,8 @@ def _finished(path: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
         found = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    return found if found["made_of"] == orjson.loads(orjson.dumps(made_of)) else None
+    same = isinstance(found, dict) and found.get("made_of") == orjson.loads(orjson.dumps(made_of))
+    return found if same else None
 
 
 def _run(model: "HarnessModel", part: Requested, made_of: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -111,7 +112,9 @@ def _run(model: "HarnessModel", part: Requested, made_of: dict[str, Any], path: 
     torch.manual_seed(SEED)
     model.cut = 0
     found = evaluate(model, part.found, limit=made_of["limit"], bootstrap_iters=RESAMPLED)
-    tasks = {name: described(found, name, model.count_tokens) for name in found["results"]}
+    tasks = {
+        name: described(found, name, part.found["tasks"].get(name), model.count_tokens) for name in found["results"]
+    }
     tasks = {name: task for name, task in tasks.items() if task["metrics"]}  # a group may have none of its own
     content = {"made_of": made_of | {"digest": part.digest}, "tasks": tasks, "cut_requests": model.cut}
     write_durably(path, orjson.dumps(content, option=orjson.OPT_INDENT_2))

@@ -155,7 +155,11 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(**given)
         except TypeError as error:
             raise ValueError(f"generation_kwargs: {error}; temperature, top_k and top_p there are") from error
-        read = self.tok_encode(context)[-max(1, self.max_length - most) :]
+        if most >= self.max_length:
+            raise ValueError(f"max_gen_toks={most} leaves no room for a prompt in {self.max_length} tokens")
+        prompt = self.tok_encode(context)
+        read = prompt[most - self.max_length :]
+        self.cut += len(read) < len(prompt)
         state, ids, text = self.model.new_state(1), list[int](), ""
         while len(ids) < most and not any(stop in text for stop in stops):
             token = next_token(self.model(torch.tensor([read], device=self._device), state=state)[0, -1], sampling)

@@ -1,8 +1,9 @@
 """Which tokens of a dataset are scored: all documents end to end, and the long ones alone, read as they are needed."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -50,7 +51,10 @@ class SpanStream:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """Documents to score: `stream` is their tokens end to end, cut behind the last target."""
+    """Documents to score: `stream` is their tokens end to end, cut behind the last target.
+
+    documents: how many begin in what is read of them.
+    """
 
     name: str
     documents: int
@@ -67,16 +71,17 @@ def document_sets(dataset: Dataset, contexts: Sequence[int], max_tokens: int | N
     """
     largest = max(contexts)
     shards = [list(source.shards) for source in dataset.sources]
+    indices = {shard.bin: shard.idx for source in shards for shard in source}
     everything = [[Span(shard.bin, 0, shard.tokens) for shard in source] for source in shards]
     try:
-        sets = [_cut(dataset, "all", dataset.documents, everything, contexts, max_tokens)]
+        sets = [_cut(dataset, "all", partial(_beginning_in, indices), everything, contexts, max_tokens)]
     except EvaluationError as error:
         raise EvaluationError(f"{dataset.path}: {error}") from error
     long = [[span for shard in source for span in _long_documents(shard, largest)] for source in shards]
     # One document that is exactly as long fills none: its last token has no target.
     if sum(span.tokens for source in long for span in source) > largest:
         name = f"≥ {largest:,} tokens"
-        sets.append(_cut(dataset, name, sum(map(len, long)), long, contexts, max_tokens))
+        sets.append(_cut(dataset, name, lambda span: 1, long, contexts, max_tokens))
     return sets
 
 
@@ -86,10 +91,16 @@ def _long_documents(shard: ShardFiles, least: int) -> Iterator[Span]:
         yield Span(shard.bin, int(index.sequence_pointers[i]) // index.dtype.itemsize, int(index.sequence_lengths[i]))
 
 
+def _beginning_in(indices: Mapping[Path, Path], span: Span) -> int:
+    index = read_index(indices[span.path])
+    first = index.sequence_pointers[index.document_indices[:-1]] // index.dtype.itemsize
+    return int(np.searchsorted(first, span.start + span.tokens) - np.searchsorted(first, span.start))
+
+
 def _cut(
     dataset: Dataset,
     name: str,
-    documents: int,
+    count_documents: Callable[[Span], int],
     sources: list[list[Span]],
     contexts: Sequence[int],
     max_tokens: int | None,
@@ -97,7 +108,7 @@ def _cut(
     spans = list(_shares(sources, None if max_tokens is None else max_tokens + 1))
     tokens = count_targets(sum(span.tokens for span in spans), contexts) + 1
     files = ShardFilesReader((shard for source in dataset.sources for shard in source.shards), dataset.dtype)
-    return DocumentSet(name, documents, SpanStream(files, spans, tokens))
+    return DocumentSet(name, sum(map(count_documents, spans)), SpanStream(files, spans, tokens))
 
 
 def _shares(sources: list[list[Span]], most: int | None) -> Iterator[Span]:

@@ -135,16 +135,16 @@ class Report:
 
 def _read_set(values: Mapping[str, Any]) -> SetResult:
     contexts = [
-        ContextResult(row["context"], row["tokens"], _number(row["loss"]) * row["tokens"]) for row in values["contexts"]
+        ContextResult(row["context"], row["tokens"], number(row["loss"]) * row["tokens"]) for row in values["contexts"]
     ]
     positions = [
-        PositionLoss(**row | {name: _number(row[name]) for name in ("loss", "standard_error")})
+        PositionLoss(**row | {name: number(row[name]) for name in ("loss", "standard_error")})
         for row in values.get("positions", ())
     ]
     return SetResult(values["name"], values["documents"], values["text_bytes"], contexts, positions)
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
     return float("nan") if value is None else value  # what JSON has no number for
 
 

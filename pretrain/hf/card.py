@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint import LoadedModel
-from pretrain.evaluation.report import RESULT, Report
+from pretrain.evaluation.report import RESULT, Report, number
 from pretrain.hf.check import LENGTHS, STEPS, Differences
 
 CONSTANT = "Its state does not grow with the text, so that longer ones cost no more per token."
@@ -163,7 +163,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def _downstream(report: dict[str, Any]) -> str:
     rows = [
-        (name, metric, f"{found['value']:.4f}", "" if found["stderr"] is None else f"{found['stderr']:.4f}")
+        (name, metric, f"{number(found['value']):.4f}", "" if found["stderr"] is None else f"{found['stderr']:.4f}")
         for name, task in report["tasks"].items()
         for metric, found in task["metrics"].items()
     ]

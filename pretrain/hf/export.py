@@ -117,8 +117,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConversionError(f"{destination} exists; --overwrite replaces an earlier export")
-    if not (destination / "config.json").is_file():
-        raise ConversionError(f"{destination} is no earlier export (it has no config.json) and is left alone")
+    if not (destination / TRAINING).is_file():
+        raise ConversionError(f"{destination} is no earlier export (it has no {TRAINING}) and is left alone")
 
 
 @contextmanager
@@ -134,6 +134,7 @@ def _new_folder(destination: Path) -> Iterator[Path]:
         for path in [*folder.iterdir(), folder]:
             sync(path)
         if destination.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a killed run too
             os.rename(destination, replaced)
         os.rename(folder, destination)
         sync(destination.parent)

@@ -8,7 +8,7 @@ import orjson
 from data_tools.files import write_durably
 from data_tools.tokenizer import Tokenizer
 from longhorn_layers.config import ModelConfig
-from pretrain.checkpoint import LoadedModel, write_imported
+from pretrain.checkpoint import LoadedModel, check_new_run, write_imported
 from pretrain.config import Config, flattened
 from pretrain.hf import ConversionError
 from pretrain.hf.folder import ORIGIN, TOKENIZER
@@ -34,10 +34,12 @@ def import_model(loaded: LoadedModel, tokenizer: Path, run_dir: Path, config: Co
             f"{tokenizer} has {found.vocab_size} pieces, but {loaded.path} a vocabulary of {config.model.vocab_size}"
         )
     origin = {"source": str(loaded.path), "step": loaded.step, "consumed_tokens": loaded.consumed_tokens}
-    folder = write_imported(run_dir, loaded.model, config, loaded.tokenizer or asdict(found.record))
+    check_new_run(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_durably(run_dir / TOKENIZER, found.serialized)
     write_durably(run_dir / ORIGIN, orjson.dumps(origin, option=orjson.OPT_INDENT_2))
-    return folder
+    # Last: with its checkpoint a run is imported, and can't be again.
+    return write_imported(run_dir, loaded.model, config, loaded.tokenizer or asdict(found.record))
 
 
 def _check_model(wanted: ModelConfig, found: ModelConfig, source: Path) -> None:

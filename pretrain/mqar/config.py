@@ -22,7 +22,7 @@ LISTS = ("models", "tasks", "widths", "learning_rates", "seeds")
 
 @dataclass
 class TrainingConfig:
-    """How each model is trained; the defaults are those of Arora et al. (figure 2) but for `clip`."""
+    """How each model is trained; examples, epochs and widths as in the code of Arora et al. (see mqar_paper.yaml)."""
 
     n_layer: int = 2
     vocab_size: int = 8192
@@ -33,7 +33,7 @@ class TrainingConfig:
     epochs: int = 64  # at most: a model that answers well enough is done
     stop_accuracy: float = 0.99  # after an epoch, on the test examples
     warmup_fraction: float = 0.0  # of all steps, linear; then a cosine to 0
-    weight_decay: float = 0.01  # on matrices only
+    weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # of the global gradient norm
 
 
@@ -124,9 +124,21 @@ def _validate(config: MqarConfig) -> None:
     for name in LISTS:
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: nothing to train")
+    places = {"tasks": [(task.seqlen, task.pairs) for task in config.tasks]}
+    places |= {name: getattr(config, name) for name in ("widths", "learning_rates", "seeds")}
+    for name, values in places.items():
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"{name} has {twice[0]} twice: each is one row of the table, or one seed of it")
     for name in POSITIVE:
         if (value := getattr(training, name)) < 1:
             raise ConfigError(f"training.{name} must be at least 1, got {value}")
+    for name in ("weight_decay", "power"):
+        if (value := getattr(training, name)) < 0:
+            raise ConfigError(f"training.{name} must be at least 0, got {value}")
+    if training.clip <= 0:
+        raise ConfigError(f"training.clip must be above 0, got {training.clip}")
+    if not 0 < training.stop_accuracy <= 1:
+        raise ConfigError(f"training.stop_accuracy must be in (0, 1], got {training.stop_accuracy}")
     if training.embedding_std <= 0:
         raise ConfigError(f"training.embedding_std must be above 0, got {training.embedding_std}")
     if not 0 <= training.warmup_fraction < 1:

@@ -70,6 +70,7 @@ def write_report(
     rows = summarize(results)
     everything = {
         "provenance": provenance,
+        "trained_by": sorted({f"{result.commit} on {result.hardware}" for _, result in results}),
         "cells": cells,
         "rows": [asdict(row) for row in rows],
         "results": [asdict(result) for _, result in results],

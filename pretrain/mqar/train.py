@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.benchmarks.record import hardware_name
 from longhorn_layers.model import LanguageModel
 from pretrain.mqar.config import Cell, TrainingConfig
 from pretrain.mqar.task import NOT_SCORED, TEST, TRAIN, Examples, make_examples
 from pretrain.optim import parameter_groups
+from pretrain.provenance import code_commit
 
 LOGITS_AT_A_TIME = 1 << 26  # of an evaluation's forward pass: 256 MiB in fp32
 
@@ -30,6 +32,8 @@ class CellResult:
     parameters: int
     state_numbers: int  # that a sequence leaves behind in all layers: what recall has to come from
     seconds: float
+    commit: str | None = None  # of the code that trained it
+    hardware: str = ""
 
 
 def train_cell(cell: Cell, device: torch.device) -> CellResult:
@@ -61,6 +65,8 @@ def train_cell(cell: Cell, device: torch.device) -> CellResult:
         parameters=sum(p.numel() for p in model.parameters()),
         state_numbers=state_numbers(model, test.inputs[:1]),
         seconds=time.perf_counter() - start,
+        commit=code_commit(),
+        hardware=hardware_name(device),
     )
 
 

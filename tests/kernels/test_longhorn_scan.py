@@ -337,6 +337,14 @@ def test_result_does_not_depend_on_threads() -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_autocast_does_not_round(engine: str, update: str) -> None:
+    inputs = {name: t.float() for name, t in make_inputs(2, 40, 24, 16).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outputs_and_gradients(inputs, backend="cpu", update=update)
+    assert_close(got, reference(inputs, update=update), 1e-5)
+
+
 def test_nan_is_not_hidden() -> None:
     for name in ("u", "dt", "q", "k", "z"):
         inputs = {key: t.float() for key, t in make_inputs(1, 10, 16, 16).items()}

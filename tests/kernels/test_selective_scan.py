@@ -326,6 +326,13 @@ def test_result_does_not_depend_on_threads() -> None:
         assert torch.equal(expected, two[name]), name
 
 
+def test_autocast_does_not_round(engine: str) -> None:
+    inputs = {name: t.float() for name, t in make_inputs(2, 40, 24, 16).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outputs_and_gradients(inputs, backend="cpu")
+    assert_close(got, reference(inputs), 1e-5)
+
+
 def test_nan_is_not_hidden(engine: str) -> None:
     for name in STREAMS:
         inputs = single(make_inputs(1, 10, 16, 16))

@@ -269,6 +269,26 @@ def test_wrong_arguments_are_refused(make_model: ModelMaker) -> None:
         model(ids, inputs_embeds=model.model.embedding(ids))
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids[:1], assistant_model=make_model(), max_new_tokens=4)
+    cache = model(ids, use_cache=True).cache_params
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match="pass it as cache_params, not as past_key_values"):
+            call(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="guidance_scale needs use_cache=False"):
+        model.generate(ids, guidance_scale=2.0, max_new_tokens=4)
+
+
+@torch.no_grad()
+def test_guidance_without_a_cache(make_model: ModelMaker) -> None:
+    """Classifier-free: what the prompt says, against the text without its beginning."""
+    model, ids = make_model(), make_ids(2, 6)
+    guided, alone = ids, ids[:, -1:]
+    for _ in range(8):
+        told, untold = (torch.log_softmax(model(text).logits[:, -1], -1) for text in (guided, alone))
+        token = (untold + 3 * (told - untold)).argmax(-1, keepdim=True)
+        guided, alone = torch.cat((guided, token), 1), torch.cat((alone, token), 1)
+    options = {"max_new_tokens": 8, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, guidance_scale=3.0, use_cache=False, **options), guided)
+    assert not torch.equal(model.generate(ids, use_cache=False, **options), guided)
 
 
 def test_embeddings_hidden_states_and_kept_logits(make_model: ModelMaker) -> None:

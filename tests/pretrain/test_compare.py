@@ -77,13 +77,20 @@ def test_a_curve_that_begins_below_the_loss_bounds_the_ratio() -> None:
 
 
 def test_curves_are_read_from_metrics_and_averaged_point_by_point(tmp_path: Path) -> None:
-    lines = [{"step": 1, "loss": 9.0}, {"step": 5, "validation_loss": 4.0}, {"step": 7, "validation_loss": 3.0}]
+    lines: list[dict[str, float | None]] = [
+        {"step": 1, "loss": 9.0},
+        {"step": 5, "validation_loss": 4.0},
+        {"step": 7, "validation_loss": 3.0},
+    ]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(x) + b"\n" for x in lines))
     curve = read_curve(tmp_path, 64)
     assert curve == Curve((320, 448), (4.0, 3.0))
     assert mean_curve([curve, Curve((320, 448), (5.0, 3.5))]).losses == (4.5, 3.25)
     with pytest.raises(ValueError, match="different tokens"):
         mean_curve([curve, Curve((320, 449), (5.0, 3.5))])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(orjson.dumps({"step": 9, "validation_loss": math.nan}) + b"\n")
+    assert read_curve(tmp_path, 64).losses == (4.0, 3.0, math.inf)  # not passed over
 
 
 # ---- the comparison's config ---------------------------------------------------------------------
@@ -145,6 +152,7 @@ def write(shard, tmp_path: Path) -> Callable[..., Path]:  # type: ignore[no-unty
         ({"parameter_tolerance": 0.001}, "models.llama has "),
         ({"models": {"a": {}, "b": {"overrides": ["data.seqlen=32"]}}}, "models.b: data is "),
         ({"models": {"a": {}, "b": {"overrides": ["train.global_batch_size=8"]}}}, "train.global_batch_size is 8, a's"),
+        ({"models": {"a": {}, "b": {"overrides": ["optim.min_lr=0"]}}}, "models.b: its learning rate falls to 0 of"),
         ({"overrides": ["data.valid=''"]}, "data.valid is not set"),
     ],
 )
@@ -256,6 +264,9 @@ def test_a_folder_of_another_comparison_is_refused(comparison: Comparison, write
         ConfigError, match=r"longhorn/0.01 was trained with another config \(optim.clip: 1.0, now 0.5\)"
     ):
         check_leftovers(grid_runs(changed))
+    with pytest.raises(ConfigError, match=r"train.precision: \S+, now"):
+        precision = "fp32" if changed.base.train.precision != "fp32" else "autocast"
+        check_leftovers(grid_runs(load_comparison(write(), [f"overrides=[train.precision={precision}]"])))
     check_leftovers(grid_runs(load_comparison(write(), ["overrides=[train.threads=2]"])))  # no number depends on it
 
 
@@ -380,6 +391,7 @@ def made_of() -> dict[str, object]:
         "command": "python -m pretrain.compare x.yaml",
         "device_name": "Some CPU 2 cores",
         "speed": {
+            "conditions": {"hardware": "Some CPU 2 cores"},
             "device": "cpu",
             "threads": 1,
             "micro_batch_size": 4,
@@ -418,3 +430,12 @@ def test_a_comparison_that_is_killed_goes_on_and_reports(write: Callable[..., Pa
         assert [curve["tokens"] for curve in found["models"][name]["curves"]] == [[128, 256, 384, 512, 640]] * 2
     assert (folder / "loss.png").stat().st_size > 10_000
     assert f"report: {folder}/report.md" in again.stdout
+
+    measured = folder / "evaluation" / "longhorn" / "seed_1" / "perplexity.json"
+    before = orjson.loads(measured.read_bytes())
+    measured.write_bytes(orjson.dumps(before | {"fingerprint": "of weights that were trained anew"}))
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert orjson.loads(measured.read_bytes()) == before
+    (folder / "validation.json").write_bytes(orjson.dumps({"digest": "of data that was made anew"}))
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "measured its losses on other data" in refused.stderr

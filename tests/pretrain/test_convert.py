@@ -1,6 +1,7 @@
 """Exports for transformers and the way back: the same numbers, the same text, and no folder that isn't the model."""
 
 import json
+import math
 import os
 import stat
 import subprocess
@@ -286,7 +287,12 @@ def test_the_command_and_what_is_in_its_way(
     assert "no earlier export" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["precious"]
 
-    (out / "config.json").write_text("{}")  # now it looks like one
+    (out / "config.json").write_text("{}")  # somebody's model, but no export of ours
+    assert convert.main(["to-hf", str(run), str(out), "--overwrite"]) == 1
+    assert "it has no training.json" in capsys.readouterr().err
+    (out / "training.json").write_text("{}")
+    (tmp_path / ".replaced_out").mkdir()  # as a killed conversion leaves it
+    (tmp_path / ".replaced_out" / "old").touch()
     assert convert.main(["to-hf", str(run), str(out), "--overwrite"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{out}: ") and "float32" in shown.out
@@ -296,7 +302,15 @@ def test_the_command_and_what_is_in_its_way(
 
 PERPLEXITY = {
     "data": {"prefix": "data/valid", "digest": "d1"},
-    "sets": [{"name": "all", "contexts": [{"context": 2048, "perplexity": 8.5, "bits_per_byte": 0.9, "tokens": 4096}]}],
+    **dict.fromkeys(("checkpoint", "step", "consumed_tokens", "training_context", "tokenizer")),
+    "sets": [
+        {
+            "name": "all",
+            "documents": 3,
+            "text_bytes": 4096 * math.log(8.5) / math.log(2) / 0.9,
+            "contexts": [{"context": 2048, "loss": math.log(8.5), "tokens": 4096}],
+        }
+    ],
 }
 DOWNSTREAM = {
     "tasks": {"piqa": {"metrics": {"acc": {"value": 0.61, "stderr": 0.01}, "f1": {"value": 0.5, "stderr": None}}}},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.winogrande import preprocess_winogrande
 from rich.console import Console
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +30,7 @@ from pretrain.config import Config, DataConfig
 from pretrain.downstream import add_arguments, load_tasks, run
 from pretrain.downstream.command import _configure
 from pretrain.downstream.model import HarnessModel
-from pretrain.downstream.results import averages
+from pretrain.downstream.results import averages, right_answer
 from pretrain.downstream.tasks import _unknown
 from pretrain.downstream.text import text_codec
 from pretrain.evaluation.losses import EvaluationError
@@ -199,6 +201,16 @@ def test_generation_stops_where_it_should(ours: HarnessModel, model: LanguageMod
         ask(until=[], num_beams=4)
 
 
+def test_a_long_prompt_of_a_generation_is_cut_and_counted(ours: HarnessModel) -> None:
+    ours.max_length = 12
+    last = ours.codec.decode(ours.tok_encode("The Union of these States", add_special_tokens=False)[-4:])
+    asked = [("The Union of these States", {"until": [], "max_gen_toks": 8}), (last, {"until": [], "max_gen_toks": 7})]
+    ours.generate_until(requests("generate_until", asked), True)
+    assert ours.cut == 1
+    with pytest.raises(ValueError, match="max_gen_toks=12 leaves no room for a prompt in 12 tokens"):
+        ours.generate_until(requests("generate_until", [("The Union", {"until": [], "max_gen_toks": 12})]), True)
+
+
 # ---- lm-eval's own model, on the exported folder ----
 
 
@@ -325,6 +337,22 @@ def test_changed_data_is_evaluated_anew(tmp_path: Path) -> None:
     assert load_tasks(["messages_choice"], tmp_path)[0].digest != before[0].digest
 
 
+def test_the_right_answer_is_found_as_lm_eval_finds_it() -> None:
+    doc = {
+        "sentence": "The box held no cup because the _ was small.",
+        "option1": "box",
+        "option2": "cup",
+        "answer": "2",
+    }
+    names = ("doc_to_text", "doc_to_target", "doc_to_choice")
+    functions = {name: getattr(preprocess_winogrande, name) for name in names}
+    assert right_answer(SimpleNamespace(multiple_input=2, **functions), doc) == 1
+    choices = {"doc_to_text": str, "doc_to_choice": lambda doc: ["no", "yes"]}
+    for target, expected in (("yes", 1), (0, 0), ("maybe", None), ([0, 1], None)):
+        task = SimpleNamespace(multiple_input=0, doc_to_target=lambda doc, target=target: target, **choices)
+        assert right_answer(task, {}) == expected
+
+
 def test_which_accuracies_are_averaged() -> None:
     def task(answer: float | None, **metrics: float) -> dict[str, Any]:
         return {"metrics": {name: {"value": value} for name, value in metrics.items()}, "answer_perplexity": answer}
@@ -337,6 +365,7 @@ def test_which_accuracies_are_averaged() -> None:
         }
     )
     assert found["accuracy"] == pytest.approx(0.6) and found["answer_perplexity"] == pytest.approx(25.0)
+    assert found["answer_perplexity_of"] == ["hellaswag", "piqa"]
     assert found["accuracy_of"] == {"hellaswag": "acc_norm", "piqa": "acc"}
     assert averages({"wikitext": task(None, word_perplexity=17.0)})["accuracy"] is None
 

@@ -72,9 +72,12 @@ def test_slices_of_a_stream_cross_files(two_sources: Dataset, stream: np.ndarray
         assert np.array_equal(everything.stream[start:stop], expected[start:stop])
 
 
-def test_each_source_gives_its_share(two_sources: Dataset, stream: np.ndarray) -> None:
+def test_each_source_gives_its_share(two_sources: Dataset, prefix: str, stream: np.ndarray) -> None:
     [everything, long] = document_sets(two_sources, [64], 640)
     assert len(everything.stream) == len(long.stream) == 641
+    ends = np.cumsum(open_shard(prefix).sequence_lengths)
+    begins = np.concatenate([[0], ends[:-1]])
+    assert everything.documents == (begins < 213).sum() + (begins < 428).sum()
     assert np.array_equal(everything.stream[:], np.concatenate([stream[:213], stream[:428]]))
 
 
