@@ -35,6 +35,7 @@ from pretrain.evaluation.report import RESULT, Report, SetResult
 from pretrain.evaluation.source import COMPARED_TOKENS, matching_tokenizer, provenance, results_folder
 from pretrain.evaluation.text_bytes import count_text_bytes
 from pretrain.hf.folder import load_any
+from pretrain.provenance import code_commit
 from pretrain.shard_reader import ShardChanged
 
 
@@ -88,6 +89,7 @@ def settings(parsed: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
         "batch_tokens": parsed.batch_tokens,
         "device": parsed.device,
         "torch": str(torch.__version__),
+        "commit": code_commit(),
     }
 
 
@@ -121,8 +123,9 @@ class Evaluation:
         parsed = self.parsed
         tokenizer = matching_tokenizer(loaded, dataset, self.sets[0].stream[:COMPARED_TOKENS].tolist())
         made_of = provenance(loaded) | settings(parsed, dataset)
-        if (earlier := _earlier(output / RESULT)) and earlier.made_of == made_of:
-            self._say(f"{output / RESULT}: measured before")
+        earlier = _earlier(output / RESULT)
+        if earlier and earlier.made_of | {"commit": None} == made_of | {"commit": None}:
+            self._say(f"{output / RESULT}: measured before, by commit {earlier.made_of.get('commit', 'unknown')}")
             return earlier
         output.mkdir(parents=True, exist_ok=True)  # what can't be written shows before the work
         found = evaluate_sets(loaded.model, self.sets, tokenizer, parsed.contexts, parsed.batch_tokens, parsed.chunk)

@@ -10,7 +10,7 @@ from data_tools.tokenizer import Tokenizer
 from pretrain.checkpoint import LoadedModel, step_name
 from pretrain.checkpoint.format import MANIFEST
 from pretrain.evaluation.losses import EvaluationError
-from pretrain.hf.folder import CONFIG, PICKLED, is_hf_folder, read_training
+from pretrain.hf.folder import CONFIG, PICKLED, TOKENIZER, is_hf_folder, read_training
 
 FOLDER = "evaluation"
 COMPARED_TOKENS = 20_000  # of the data, by which two tokenizers are compared
@@ -24,11 +24,12 @@ def results_folder(loaded: LoadedModel) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 that changes with any weight: of a checkpoint's manifest, or of a folder's weights and config."""
+    """SHA-256 that changes with any weight: of a checkpoint's manifest, or of a folder's weights, config, tokenizer."""
     if not is_hf_folder(folder):
         return sha256_file(folder / MANIFEST)
     weights = sorted(folder.glob("*.safetensors")) or [folder / PICKLED]
-    return hashlib.sha256("".join(map(sha256_file, [folder / CONFIG, *weights])).encode()).hexdigest()
+    tokenizers = [path for name in (TOKENIZER, "tokenizer.json") if (path := folder / name).is_file()]
+    return hashlib.sha256("".join(map(sha256_file, [folder / CONFIG, *weights, *tokenizers])).encode()).hexdigest()
 
 
 def training_context(loaded: LoadedModel) -> int | None:

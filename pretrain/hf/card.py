@@ -22,9 +22,9 @@ KINDS = {  # mixer → name, paper, what a user should know
     "attention": ("LLaMA", "2302.13971", "It was not trained on longer contexts than that."),
 }
 CODE = """\
-`trust_remote_code` is needed because the model's code is in this folder, not in transformers (5.17 or newer). What a text
-leaves behind is a state of constant size. To go on from it, pass it as `cache_params` with the new tokens alone, also
-where `generate` returned it as `past_key_values`. `guidance_scale` needs `use_cache=False`."""
+`trust_remote_code` is needed because the model's code is in this folder, not in transformers (5.17 or newer). What a
+text leaves behind is a state of constant size. To go on from it, pass it as `cache_params` with the new tokens alone,
+also where `generate` returned it as `past_key_values`. `guidance_scale` needs `use_cache=False`."""
 NO_CODE = "The model's code is in transformers (5.17 or newer)."
 
 CARD = """\
