@@ -80,6 +80,15 @@ def test_chunks_and_single_tokens_with_state_equal_the_whole(name: str) -> None:
 
 
 @every_mixer
+def test_a_state_is_used_where_activations_are_recomputed(name: str) -> None:
+    model, ids = small_model(name).requires_grad_(False), tokens(2, 20)
+    model.activation_checkpointing = True  # and gradients are enabled
+    state = model.new_state(2)
+    parts = torch.cat([model(part, state=state) for part in ids.split(10, 1)], 1)
+    torch.testing.assert_close(parts, model(ids), rtol=1e-10, atol=1e-10)
+
+
+@every_mixer
 def test_packed_documents_equal_separate_ones(name: str) -> None:
     model, ids = small_model(name), tokens(1, 50)
     bounds = [0, 2, 30, 50]  # the first is shorter than the convolution
