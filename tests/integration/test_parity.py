@@ -349,7 +349,9 @@ def test_golden_losses(results: Results, request: pytest.FixtureRequest, model: 
     if request.config.getoption("--record-golden"):
         recorded[key] = losses
         GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n")
-    assert relative(losses, recorded[key]) <= 1e-4
+    assert relative(losses[:10], recorded[key][:10]) <= 1e-5
+    # So small a GLA multiplies a difference by ten in five steps: 8e-4 is what a Xeon and an EPYC round otherwise.
+    assert relative(losses, recorded[key]) <= (5e-3 if model == "gla" else 1e-4)
 
 
 def test_one_process_is_plain_pytorch(results: Results, shard) -> None:  # type: ignore[no-untyped-def]
