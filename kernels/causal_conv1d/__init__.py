@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d.cpu import causal_conv1d_cpu, causal_conv1d_step_cpu
 from kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
+from kernels.scan.checks import check_indices
 
 __all__ = ["BACKENDS", "causal_conv1d", "causal_conv1d_step"]
 
@@ -107,8 +108,7 @@ def causal_conv1d_step(
         from kernels.causal_conv1d.triton import causal_conv1d_step_triton
 
         return causal_conv1d_step_triton(state, x, weight, bias, state_indices, activation == "silu")
-    if state_indices is not None and not state_indices.is_cuda and max(state_indices.tolist(), default=-1) >= n_states:
-        raise ValueError(f"state_indices must be below {n_states}, the rows of state, not {state_indices.tolist()}")
+    check_indices(state_indices, n_states)
     run = causal_conv1d_step_cpu if x.device.type == "cpu" else causal_conv1d_step_reference
     return run(state, x, weight, bias, state_indices, activation == "silu")
 

@@ -257,7 +257,8 @@ void with_width(int64_t width, Run run) {
 
 }  // namespace
 
-// Three functions per type of x (T), with sums in A. `initial`, `dfinal`, `dinitial`, a step's `indices` and `bias` may be null.
+// Three functions per type of x (T), with sums in A. `initial`, `dfinal`, `dinitial`, a step's `indices` and `bias` may
+// be null.
 #define EXPORT(NAME, T, A)                                                                          \
   extern "C" void forward_##NAME(int64_t width, const T* x, int64_t stride, const A* weight,        \
                                  const A* bias, const T* initial, const int64_t* bounds,            \

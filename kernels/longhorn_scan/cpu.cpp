@@ -48,6 +48,7 @@ inline vec<T> step(vec<T>* S, vec<T> u, vec<T> eps, const T* k, const T* q, int 
 }
 
 template <class T> constexpr T MIN_DT = -80;  // reference.py says why
+template <class T> vec<T> exp_minus(vec<T> x) { return exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)); }
 
 template <class IO, class T, int NS, bool EXACT>
 void forward(const Problem& p, IO* out, T* checkpoints, T* final_state) {
@@ -70,7 +71,7 @@ void forward(const Problem& p, IO* out, T* checkpoints, T* final_state) {
         c.row_by_row<T>([&](int i, int64_t t, int64_t d, int w, int64_t j) {
           u[j] = load<T>(at<IO>(p.u, s, t) + d, w);
           vec<T> x = load<T>(at<IO>(p.dt, s, t) + d, w) + load<T>((const T*)p.dt_bias + d, w);
-          eps[j] = 1 / (keys.one_plus_k2[i] + exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)));
+          eps[j] = 1 / (keys.one_plus_k2[i] + exp_minus<T>(x));
         });
         for (int64_t d = d0; d < d1; d += W<T>) {
           const int64_t w = std::min<int64_t>(W<T>, d1 - d), block = (d - d0) / W<T>;
@@ -128,7 +129,7 @@ void backward(const Problem& p, const Gradients& o, const T* checkpoints) {
         c.row_by_row<T>([&](int i, int64_t t, int64_t d, int w, int64_t j) {
           u[j] = load<T>(at<IO>(p.u, s, t) + d, w);
           vec<T> x = load<T>(at<IO>(p.dt, s, t) + d, w) + load<T>((const T*)p.dt_bias + d, w);
-          vec<T> e = exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x));
+          vec<T> e = exp_minus<T>(x);
           eps[j] = 1 / (keys.one_plus_k2[i] + e);
           slope[j] = x < MIN_DT<T> ? x * 0 : eps[j] * (eps[j] * e);  // d eps / d x
           dy[j] = load<T>((const IO*)o.dout + c.token(i, p.seqlen) * D + d, w);
@@ -245,7 +246,7 @@ void step_rows(const Step& p) {
       const vec<T> u = load<T>((const IO*)p.u + row * p.u_row + d, w);
       vec<T> x = load<T>((const IO*)p.dt + row * p.dt_row + d, w), y = {};
       if (p.dt_bias) x += load<T>((const T*)p.dt_bias + d, w);
-      const vec<T> eps = 1 / (one_plus_k2 + exp(-(x < MIN_DT<T> ? x * 0 + MIN_DT<T> : x)));
+      const vec<T> eps = 1 / (one_plus_k2 + exp_minus<T>(x));
       if (p.D) y = load<T>((const T*)p.D + d, w) * u;
       y += step<T, NS, EXACT>(S, u, eps, k.data(), q.data(), N);
       if (p.z) { const vec<T> z = load<T>((const IO*)p.z + row * p.z_row + d, w); y *= z * sigmoid<T>(z); }

@@ -35,15 +35,10 @@ def check_tensors(
     """
     if u.dim() != 3:
         raise ValueError(f"u must be (batch, seqlen, d_inner), got shape {tuple(u.shape)}")
-    batch, seqlen, d_inner = u.shape
-    for name, tensor in streams.items():
-        check_shape(name, tensor, (batch, seqlen, d_inner), u)
-    for name, tensor in rows.items():
-        check_shape(name, tensor, (batch, seqlen, d_state), u)
-    for name, tensor in vectors.items():
-        check_shape(name, tensor, (d_inner,), u)
+    _check_operands(u, d_state, streams, rows, vectors)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, u)
+    batch, _, d_inner = u.shape
     n_seq = batch if cu_seqlens is None else len(cu_seqlens) - 1
     check_shape("initial_state", initial_state, (n_seq, d_inner, d_state), u)
 
@@ -90,18 +85,33 @@ def check_step(
     """
     if u.dim() != 2:
         raise ValueError(f"u must be (batch, d_inner), got shape {tuple(u.shape)}")
+    _check_operands(u, d_state, streams, rows, vectors)
     batch, d_inner = u.shape
-    device = u.device
-    for named, shape in ((streams, (batch, d_inner)), (rows, (batch, d_state)), (vectors, (d_inner,))):
-        for name, tensor in named.items():
-            if tensor is not None and (tensor.shape != shape or tensor.device != device):
-                check_shape(
-                    name, tensor, shape, u
-                )  # says what is wrong: a call for each would be felt in a token's time
     check_shape("state", state, (batch if state_indices is None else len(state), d_inner, d_state), u)
     check_shape("state_indices", state_indices, (batch,), u)
+    check_indices(state_indices, len(state))
+
+
+def _check_operands(
+    u: Tensor,
+    d_state: int,
+    streams: Mapping[str, Tensor | None],
+    rows: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor | None],
+) -> None:
+    """ValueError for a tensor of another shape than u's (streams), u's with d_state (rows) or (d_inner,) (vectors)."""
+    shapes = (streams, u.shape), (rows, (*u.shape[:-1], d_state)), (vectors, u.shape[-1:])
+    device = u.device
+    for named, shape in shapes:
+        for name, tensor in named.items():
+            # A call for each would be felt in a token's time: it is left to say what is wrong.
+            if tensor is not None and (tensor.shape != shape or tensor.device != device):
+                check_shape(name, tensor, tuple(shape), u)
+
+
+def check_indices(state_indices: Tensor | None, n_states: int) -> None:
+    """ValueError for an index of no row of a state; a GPU's are not read: that would wait for it at every layer."""
     if state_indices is None or state_indices.is_cuda:
-        return  # a GPU's indices are not read: that would wait for it at every layer
-    found = state_indices.tolist()
-    if max(found, default=-1) >= len(state):
-        raise ValueError(f"state_indices must be below {len(state)}, the rows of state, got {max(found)}")
+        return
+    if (largest := max(state_indices.tolist(), default=-1)) >= n_states:
+        raise ValueError(f"state_indices must be below {n_states}, the rows of state, got {largest}")

@@ -36,7 +36,7 @@ def sizes(sequences: Sequences, u: Tensor, d_state: int) -> tuple[int, ...]:
 
 def adjacent(tensor: Tensor | None) -> Tensor | None:
     """`tensor` with contiguous channels: itself where they are, else a copy."""
-    return tensor if tensor is None or tensor.stride(2) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

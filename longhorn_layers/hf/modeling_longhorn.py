@@ -34,12 +34,12 @@ def conv_plain(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) 
     return F.silu(outputs).transpose(1, 2), window[:, seqlen:]
 
 
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> Tensor:
+def conv_step(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """conv_plain of one token, x (B, D); `earlier` (B, T - 1, D) moves on in place."""
     window = torch.cat((earlier, x.unsqueeze(1)), 1)
     earlier.copy_(window[:, 1:])
     products = widen(window) * widen(weight).t()
-    return F.silu((products.sum(1) + bias).to(x.dtype))  # rounded where conv1d rounds
+    return F.silu((products.sum(1) + bias).to(x.dtype)), earlier  # rounded where conv1d rounds
 
 
 def conv_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,9 +55,9 @@ def conv_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor | None) 
     return outputs, last.transpose(1, 2)
 
 
-def conv_step_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> Tensor:
+def conv_step_fused(x: Tensor, weight: Tensor, bias: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """conv_step by the kernel."""
-    return conv_kernels.causal_conv1d_step(earlier.transpose(1, 2), x, weight, bias, activation="silu")
+    return conv_kernels.causal_conv1d_step(earlier.transpose(1, 2), x, weight, bias, activation="silu"), earlier
 
 
 # ---- the recurrence ----
@@ -118,11 +118,13 @@ class LonghornMixer(nn.Module):
         `cache`, where given, is read and updated.
         """
         earlier, state = read_states(cache, self.layer_index)
-        if earlier is not None and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            return self._one_token(x.squeeze(1), None if mask is None else mask.squeeze(1), earlier, state).unsqueeze(1)
-        conv, scan = conv_plain, self._scan
-        if scan_kernels is not None and kernels_run(x):
-            conv, scan = conv_fused, self._scan_fused
+        one_token = state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        fused = scan_kernels is not None and kernels_run(x, one_token)
+        if one_token:  # without the axis of time
+            conv, scan = (conv_step_fused, self._step_fused) if fused else (conv_step, self._step)
+            x, mask = x.squeeze(1), None if mask is None else mask.squeeze(1)
+        else:
+            conv, scan = (conv_fused, self._scan_fused) if fused else (conv_plain, self._scan)
         x, z = self.in_proj(x).chunk(2, -1)
         if mask is not None:
             x = x * mask
@@ -132,21 +134,8 @@ class LonghornMixer(nn.Module):
             k = k * mask  # with a key of 0 the state stays as it was
         y, state = scan(x, self.dt_head(dt), k, q, z, state)
         write_states(cache, self.layer_index, earlier, state)
-        return self.out_proj(y.to(x.dtype))
-
-    def _one_token(self, x: Tensor, mask: Tensor | None, earlier: Tensor, state: Tensor) -> Tensor:
-        """`forward` without the axis of time: x (B, C), mask (B, 1); `earlier` and `state` move on in place."""
-        conv, step = conv_step, self._step
-        if scan_kernels is not None and kernels_run(x, one_token=True):
-            conv, step = conv_step_fused, self._step_fused
-        x, z = self.in_proj(x).chunk(2, -1)
-        if mask is not None:
-            x = x * mask
-        x = conv(x, self.conv.weight, self.conv.bias, earlier)
-        dt, k, q = self.x_proj(x).split(self.split_sizes, -1)
-        if mask is not None:
-            k = k * mask
-        return self.out_proj(step(x, self.dt_head(dt), k, q, z, state).to(x.dtype))
+        y = self.out_proj(y.to(x.dtype))
+        return y.unsqueeze(1) if one_token else y
 
     # Two ways to compute the same: u, dt, z (B, L, D), k, q (B, L, N), state (B, N, D) fp32 or None -> (y, state).
 
@@ -175,9 +164,9 @@ class LonghornMixer(nn.Module):
         )
         return y, last.transpose(1, 2)
 
-    # And two for one token: u, dt, z (B, D), k, q (B, N), the state moved on in place -> y.
+    # And two for one token: u, dt, z (B, D), k, q (B, N), the state moved on in place -> (y, state).
 
-    def _step(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> Tensor:
+    def _step(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         u, dt, k, q, z = map(widen, (u, dt, k, q, z))
         # 1 / (1 / beta + |k|^2). No clamp: where beta is 0 so is eps, and no gradient is asked for.
         inverse_beta = torch.sigmoid_(dt + widen(self.dt_bias)).reciprocal_()
@@ -189,12 +178,15 @@ class LonghornMixer(nn.Module):
             missing = torch.addcmul(rows, k, state, value=-1)
         state.addcmul_(eps.unsqueeze(1) * k, missing)
         y = widen(torch.bmm(q.unsqueeze(1), state)).squeeze(1)  # autocast may round this, which stays in no state
-        return y.addcmul_(widen(self.D), u).mul_(F.silu(z))
+        return y.addcmul_(widen(self.D), u).mul_(F.silu(z)), state
 
-    def _step_fused(self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor) -> Tensor:
-        return scan_kernels.longhorn_step(
+    def _step_fused(
+        self, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, z: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = scan_kernels.longhorn_step(
             state.transpose(1, 2), u, dt, q, k, D=self.D, dt_bias=self.dt_bias, z=z, update=self.update_rule
         )
+        return y, state
 
 
 class LonghornPreTrainedModel(RecurrentPreTrainedModel):

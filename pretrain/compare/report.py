@@ -122,7 +122,7 @@ def _models_table(comparison: Comparison, results: Results, made_of: dict[str, A
         f"{min(comparison.config.contexts):,} tokens of context, over the evaluated documents. Tokens per second: "
         f"measured alone and side by side, the median of {speed['steps']} steps of each in turn (a micro-batch of "
         f"{speed['micro_batch_size']} × {speed['context']:,}, forward, backward, clipping, AdamW), on one "
-        f"{speed['conditions']['hardware']}"
+        f"{speed['hardware_name']}"
         + (f", {speed['threads']} thread(s)" if speed["device"] == "cpu" else "")
         + f", whose load average was {speed['hardware']['load_average']} before."
     )

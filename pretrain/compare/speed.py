@@ -22,20 +22,21 @@ def measured_speeds(path: Path, configs: Mapping[str, Config], device: torch.dev
     The first config's micro-batch and threads are everybody's. All models are in memory at once.
 
     Returns:
-        {"conditions", "device", "threads", "micro_batch_size", "context", "steps", "models": {name: {"model": its
-        config, "tokens_per_second", "median_ms", "all_ms", …}}} and where and when (kernels/benchmarks/record.py).
+        {"hardware_name", "device", "threads", "micro_batch_size", "context", "precision", "steps", "models": {name:
+        {"model": its config, "tokens_per_second", "median_ms", "all_ms", …}}} and where and when
+        (kernels/benchmarks/record.py).
     """
     models = {name: config_to_dict(config)["model"] for name, config in configs.items()}
     conditions = _conditions(next(iter(configs.values())), device)
     if path.exists():
         record = orjson.loads(path.read_bytes())
         known = {name: found["model"] for name, found in record["models"].items()}
-        if known == models and record.get("conditions") == conditions:
+        if known == models and conditions.items() <= record.items():
             return record
     made_by, threads = provenance(device), torch.get_num_threads()
-    torch.set_num_threads(next(iter(configs.values())).train.threads or threads)
+    torch.set_num_threads(conditions["threads"])
     try:
-        record = made_by | {"conditions": conditions} | _measure(configs, device)
+        record = made_by | conditions | _measure(configs, device)
     finally:
         torch.set_num_threads(threads)
     for name, model in models.items():
@@ -49,9 +50,12 @@ def measured_speeds(path: Path, configs: Mapping[str, Config], device: torch.dev
 def _conditions(first: Config, device: torch.device) -> dict[str, Any]:
     train = first.train
     return {
-        "hardware": hardware_name(device),
+        "hardware_name": hardware_name(device),
+        "device": device.type,
+        "threads": train.threads or torch.get_num_threads(),
+        "micro_batch_size": train.micro_batch_size,
         "context": first.data.seqlen,
-        **{name: getattr(train, name) for name in ("micro_batch_size", "precision", "threads")},
+        "precision": train.precision,
     }
 
 
@@ -62,10 +66,6 @@ def _measure(configs: Mapping[str, Config], device: torch.device) -> dict[str, A
     runs = {name: partial(TorchStep(config, device), *batch) for name, config in configs.items()}
     times = take_turns(runs, STEPS, device)
     return {
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "micro_batch_size": size,
-        "context": seqlen,
         "steps": STEPS,
         "models": {
             name: {"tokens_per_second": size * seqlen / taken.median * 1e3, **taken.to_dict()}

@@ -19,6 +19,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
 pytestmark = pytest.mark.usefixtures("poison_buffers")
 
 
+@pytest.fixture(params=["compiler", "no-compiler"])
+def with_and_without_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no-compiler":
+        monkeypatch.setattr(cpu, "load_library", lambda source: None)
+
+
 @pytest.fixture(params=["reference", "cpu", "cpu-without-compiler"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu-without-compiler":
@@ -228,18 +234,14 @@ def test_split_sequence_equals_whole(cut: int, backend: str) -> None:
     assert_close(run(split, *inputs), run(expected, *inputs), torch.float64)
 
 
-@pytest.mark.parametrize("without_compiler", [False, True])
+@pytest.mark.usefixtures("with_and_without_compiler")
 @pytest.mark.parametrize("slots_first", [False, True])  # in memory: exports keep (batch, d_conv - 1, d_inner)
 @pytest.mark.parametrize("d_conv", [2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_step_equals_whole(
-    dtype: torch.dtype, d_conv: int, slots_first: bool, without_compiler: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_equals_whole(dtype: torch.dtype, d_conv: int, slots_first: bool) -> None:
     x, weight, bias, state = (t.detach() for t in make_inputs(9, dtype, d_conv=d_conv))
     if slots_first:
         state = state.transpose(1, 2).contiguous().transpose(1, 2)
-    if without_compiler:
-        monkeypatch.setattr(cpu, "load_library", lambda source: None)
     whole, final = causal_conv1d(x, weight, bias, activation="silu", initial_state=state, return_final_state=True)
     steps = [causal_conv1d_step(state, t, weight, bias, activation="silu") for t in x.unbind(1)]
     out = torch.stack(steps, dim=1)
@@ -247,10 +249,8 @@ def test_step_equals_whole(
     torch.testing.assert_close(out, whole)
 
 
-@pytest.mark.parametrize("without_compiler", [False, True])
-def test_step_with_state_indices(without_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if without_compiler:
-        monkeypatch.setattr(cpu, "load_library", lambda source: None)
+@pytest.mark.usefixtures("with_and_without_compiler")
+def test_step_with_state_indices() -> None:
     x, weight, bias, _ = (t.detach() for t in make_inputs(1, torch.float32, batch=4))
     states = torch.randn(6, D_INNER, 3)
     before, rows = states.clone(), torch.tensor([4, -1, 0, -1])

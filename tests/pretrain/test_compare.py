@@ -391,7 +391,7 @@ def made_of() -> dict[str, object]:
         "command": "python -m pretrain.compare x.yaml",
         "device_name": "Some CPU 2 cores",
         "speed": {
-            "conditions": {"hardware": "Some CPU 2 cores"},
+            "hardware_name": "Some CPU 2 cores",
             "device": "cpu",
             "threads": 1,
             "micro_batch_size": 4,
